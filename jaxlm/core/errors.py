@@ -1,0 +1,32 @@
+"""The errors that bad input raises. Each says what was found, where, and what was expected."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class JaxlmError(Exception):
+    """Base class of every error that jaxlm raises on purpose."""
+
+
+class ConfigError(JaxlmError, ValueError):
+    """A configuration that cannot work: an unknown name, a bad value, sizes that do not fit together."""
+
+
+class DataError(JaxlmError, ValueError):
+    """Input text or a stored data set that cannot be used; names the file and the line or offset."""
+
+
+class CheckpointError(JaxlmError, RuntimeError):
+    """A checkpoint or run folder that is missing, damaged, or belongs to another configuration."""
+
+
+class NonFiniteError(JaxlmError, FloatingPointError):
+    """A loss or gradient became NaN or infinite; names the step."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """A sentence that lists the options, the nearest first: `"did you mean 'x'? (valid: x, y)"`."""
+    options = [str(o) for o in options]
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}(valid: {', '.join(sorted(options))})"
