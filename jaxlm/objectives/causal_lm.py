@@ -1,0 +1,233 @@
+"""Next-token prediction: weighted cross-entropy over chunks of the length, with an optional z-loss.
+
+Logits of a whole batch never exist at once. Each chunk's gradient is computed together with its loss in the forward
+pass (the loss is a sum, so the backward pass only scales it), which saves computing the logits a second time.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.core.errors import ConfigError
+from jaxlm.core.sharding import constrain
+from jaxlm.objectives.base import Aux, Batch, StepContext
+
+Head = Callable[[Any, Float[Array, "batch length embed"]], Float[Array, "batch length vocab"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM:
+    """Mean negative log-likelihood of `targets`, weighted by `loss_weights`, over the whole batch.
+
+    `model` is a `Decoder` (anything with `embed`, `trunk`, `head`, `head_params`). `z_loss` times the squared
+    log-partition is added for each token (PaLM, Chowdhery et al. 2022, section 5). `chunk_length` cuts each row for
+    the vocabulary projection; by default so that a chunk's logits take at most about 64 MB a device.
+    """
+
+    model: Any
+    z_loss: float = 0.0
+    chunk_length: int | None = None
+    implementation: str = "fused"
+    """`fused`: gradients in the forward pass; `reference`: plain, for second derivatives and forward mode."""
+
+    def __post_init__(self):
+        if self.z_loss < 0:
+            raise ConfigError(f"z_loss is {self.z_loss}, expected >= 0")
+        if self.implementation not in ("fused", "reference"):
+            raise ConfigError(f"implementation '{self.implementation}' (valid: fused, reference)")
+
+    def totals(self, params: Any, batch: Batch, ctx: StepContext) -> dict[str, Array]:
+        """`{"tokens": sum(loss_weights)}`."""
+        return {"tokens": jnp.sum(batch["loss_weights"])}
+
+    def loss(self, params: Any, batch: Batch, ctx: StepContext, totals: Mapping[str, Array]) -> tuple[Array, Aux]:
+        """This piece's share of the mean; metrics `loss` (without z-loss) and `accuracy` per weighted token."""
+        sums = self.sums(params, batch)
+        tokens = jnp.sum(batch["loss_weights"])
+        # A batch without any weight has loss 0 and zero gradients.
+        share = sums["loss"] / jnp.where(totals["tokens"] == 0, 1.0, totals["tokens"])
+        metrics = {"loss": (sums["nll"], tokens), "accuracy": (sums["correct"], tokens)}
+        if self.z_loss:
+            metrics["z_loss"] = (sums["loss"] - sums["nll"], tokens)
+        return share, Aux(metrics)
+
+    def sums(self, params: Any, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """Weighted sums over a batch: `loss` (with z-loss), `nll`, `correct`."""
+        inputs, positions = batch["inputs"], batch.get("positions")
+        hidden = self.model.embed(params, inputs, positions)
+        hidden = self.model.trunk(params, hidden, positions=positions, segment_ids=batch.get("segment_ids")).hidden
+        return token_loss_sums(
+            self.model.head,
+            self.model.head_params(params),
+            hidden,
+            batch["targets"],
+            batch["loss_weights"],
+            vocab_size=self.model.config.vocab_size,
+            z_loss=self.z_loss,
+            chunk_length=self.chunk_length,
+            implementation=self.implementation,
+        )
+
+
+def token_loss_sums(
+    head: Head,
+    head_params: Any,
+    hidden: Float[Array, "batch length embed"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    *,
+    vocab_size: int,
+    z_loss: float = 0.0,
+    chunk_length: int | None = None,
+    implementation: str = "fused",
+) -> dict[str, Float[Array, ""]]:
+    """Sums over tokens of `weights * (nll + z_loss * lse^2)`, `weights * nll` and `weights * correct`.
+
+    `head(head_params, chunk) -> float32 logits` is called on chunks `[batch, chunk_length, embed]`. Only the first sum,
+    `loss`, has a gradient.
+    """
+    batch, length, _ = hidden.shape
+    chunk_length = chunk_length or _default_chunk(batch, length, vocab_size)
+    pad = -length % chunk_length
+    if pad:
+        hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+        targets, weights = (jnp.pad(x, ((0, 0), (0, pad))) for x in (targets, weights))
+    # The length is cut inside each row: rows stay on their devices.
+    cut = functools.partial(_cut, chunk_length=chunk_length)
+    piece = functools.partial(_chunk_sums, head, z_loss)
+    if implementation == "reference":
+        sums = _scan_chunks(piece, head_params, cut(hidden), cut(targets), cut(weights))
+    else:
+        floats, rest = _split(head_params)
+        sums = _fused(piece, floats, rest, cut(hidden), cut(targets), cut(weights))
+    return dict(zip(("loss", "nll", "correct"), sums, strict=True))
+
+
+def _default_chunk(batch: int, length: int, vocab_size: int) -> int:
+    rows = max(1, (64 << 20) // (4 * vocab_size * batch))
+    return length if rows >= length else max(1, length // -(-length // rows))
+
+
+def _cut(x: Array, chunk_length: int) -> Array:
+    batch, length, *rest = x.shape
+    return jnp.moveaxis(x.reshape(batch, length // chunk_length, chunk_length, *rest), 1, 0)
+
+
+def _chunk_sums(head: Head, z_loss: float, head_params: Any, hidden: Array, targets: Array, weights: Array) -> tuple:
+    logits = constrain(head(head_params, hidden), "batch", "length", "act_vocab")
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    lse = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[..., 0]
+    # A masked sum, not a gather: it stays local when the vocabulary is sharded.
+    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    picked = jnp.sum(jnp.where(columns == targets[..., None], logits, 0.0), axis=-1)
+    nll = lse - picked
+    correct = jax.lax.stop_gradient(picked) >= top[..., 0]
+    loss = nll + z_loss * jnp.square(lse) if z_loss else nll
+    return jnp.sum(weights * loss), jnp.sum(weights * nll), jnp.sum(weights * correct)
+
+
+def _scan_chunks(piece: Callable, head_params: Any, *chunks: Array) -> tuple:
+    if chunks[0].shape[0] == 1:
+        return piece(head_params, *(c[0] for c in chunks))
+
+    def body(sums: tuple, chunk: tuple) -> tuple:
+        part = jax.checkpoint(piece, prevent_cse=False)(head_params, *chunk)
+        return jax.tree.map(jnp.add, sums, part), None
+
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(body, (zero, zero, zero), chunks)[0]
+
+
+def _split(tree: Any) -> tuple[list, Any]:
+    """The leaves that can have a gradient, and a function-free remainder to join them with again."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_float = tuple(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
+    floats = [leaf for leaf, f in zip(leaves, is_float, strict=True) if f]
+    others = [leaf for leaf, f in zip(leaves, is_float, strict=True) if not f]
+    return floats, _Rest(others, treedef, is_float)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rest:
+    others: list
+    treedef: Any = dataclasses.field(metadata={"static": True})
+    is_float: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+
+    def join(self, floats: list) -> Any:
+        a, b = iter(floats), iter(self.others)
+        return jax.tree.unflatten(self.treedef, [next(a) if f else next(b) for f in self.is_float])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(piece: Callable, floats: list, rest: _Rest, hidden: Array, targets: Array, weights: Array) -> tuple:
+    return _scan_chunks(piece, rest.join(floats), hidden, targets, weights)
+
+
+def _fused_forward(piece: Callable, floats: list, rest: Any, hidden: Any, targets: Any, weights: Any) -> tuple:
+    # With symbolic zeros each leaf says whether anybody asked for its gradient: a frozen head costs none.
+    wanted = [leaf.perturbed for leaf in floats]
+    values = [leaf.value for leaf in floats]
+    rest, hidden, targets, weights = (
+        jax.tree.map(lambda leaf: leaf.value, x, is_leaf=lambda x: hasattr(x, "perturbed"))
+        for x in (rest, hidden, targets, weights)
+    )
+
+    def body(carry: tuple, chunk: tuple) -> tuple:
+        sums, dwanted = carry
+        chunk_hidden, chunk_targets, chunk_weights = chunk
+
+        def loss(trained: list, h: Array) -> tuple:
+            trained = iter(trained)
+            leaves = [next(trained) if w else v for w, v in zip(wanted, values, strict=True)]
+            total, nll, correct = piece(rest.join(leaves), h, chunk_targets, chunk_weights)
+            return total, (nll, correct)
+
+        trained = [v for w, v in zip(wanted, values, strict=True) if w]
+        (total, (nll, correct)), (dtrained, dhidden) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+            trained, chunk_hidden
+        )
+        sums = jax.tree.map(jnp.add, sums, (total, nll, correct))
+        dwanted = [d + g.astype(d.dtype) for d, g in zip(dwanted, dtrained, strict=True)]
+        return (sums, dwanted), dhidden
+
+    zero = jnp.zeros((), jnp.float32)
+    start = [
+        jnp.zeros(v.shape, jnp.promote_types(v.dtype, jnp.float32)) for w, v in zip(wanted, values, strict=True) if w
+    ]
+    chunks = (hidden, targets, weights)
+    if hidden.shape[0] == 1:
+        (sums, dwanted), dhidden = body(((zero, zero, zero), start), jax.tree.map(lambda x: x[0], chunks))
+        dhidden = dhidden[None]
+    else:
+        (sums, dwanted), dhidden = jax.lax.scan(body, ((zero, zero, zero), start), chunks)
+    grads = iter(dwanted)
+    dfloats = [next(grads).astype(v.dtype) if w else None for w, v in zip(wanted, values, strict=True)]
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
+    return sums, (dfloats, _Shapes(tuple(shapes)), dhidden)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+    shapes: tuple
+
+
+def _fused_backward(piece: Callable, residuals: tuple, grads: tuple) -> tuple:
+    dfloats, shapes, dhidden = residuals
+    scale = grads[0]
+    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None, None
+    dfloats = [
+        jnp.zeros(s.shape, s.dtype) if d is None else (d * scale).astype(d.dtype)
+        for d, s in zip(dfloats, shapes.shapes, strict=True)
+    ]
+    return dfloats, None, (dhidden * scale).astype(dhidden.dtype), None, None
+
+
+_fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)

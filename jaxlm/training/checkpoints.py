@@ -1,0 +1,222 @@
+"""Checkpoints: saved in the background, whole or not at all, restored onto any mesh, checked before they are trusted.
+
+A checkpoint is an Orbax folder with two items: `state` (arrays) and `meta` (JSON: configuration, data iterator). Orbax
+writes to a temporary folder and renames it, so a killed save leaves nothing that looks like a checkpoint. It does not
+notice a flipped bit inside array data, so after each save the CRC-32 of every file is recorded beside it.
+"""
+
+import json
+import os
+import threading
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlm.core.errors import CheckpointError
+
+PyTree = Any
+
+
+class Restored(NamedTuple):
+    """A checkpoint's content."""
+
+    step: int
+    state: PyTree
+    meta: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`.
+
+    `keep` newest are kept. Saving returns as soon as the arrays are copied; writing goes on in the background. An
+    error while saving (a full disk) is a warning: training goes on and the last good checkpoint stays. `sums=False`
+    leaves out the check sums, for states of many gigabytes on slow disks.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 3, sums: bool = True):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self.folder = Path(folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._sums = sums and jax.process_count() == 1
+        self._pending: threading.Thread | None = None
+        self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        self.failures = 0
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, ascending."""
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> bool:
+        """Starts to save; returns whether it could. `meta` must be JSON."""
+        args = self._ocp.args
+        if step in self._manager.all_steps():
+            return True
+        try:
+            self.wait()
+            items = args.Composite(state=args.StandardSave(state), meta=args.JsonSave(dict(meta)))
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            self._failed(step, error)
+            return False
+        self._pending = threading.Thread(target=self._finish, args=(step,), daemon=True)
+        self._pending.start()
+        return True
+
+    def wait(self) -> None:
+        """Waits until what is being saved is on disk."""
+        if self._pending is not None:
+            self._pending.join()
+            self._pending = None
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def restore(self, abstract: PyTree, step: int | None = None) -> Restored | None:
+        """The newest good checkpoint (or that of `step`), or `None` if there is none.
+
+        `abstract` is a tree of `jax.ShapeDtypeStruct` whose shardings say where the arrays go, whatever mesh they
+        were saved from. A damaged checkpoint is left where it is, reported by a warning, and the next older one is
+        taken; if all are damaged, `CheckpointError`.
+        """
+        candidates = self.steps()[::-1] if step is None else [step]
+        problems = []
+        for candidate in candidates:
+            try:
+                self._verify(candidate)
+                args = self._ocp.args
+                items = args.Composite(state=args.StandardRestore(abstract), meta=args.JsonRestore())
+                restored = self._manager.restore(candidate, args=items)
+                return Restored(candidate, restored.state, restored.meta)
+            except Exception as error:
+                problems.append(f"step {candidate}: {_first_line(error)}")
+                if step is None:
+                    warnings.warn(
+                        f"checkpoint {self.folder / str(candidate)} cannot be used ({_first_line(error)}); "
+                        "trying an older one",
+                        stacklevel=2,
+                    )
+        if problems:
+            raise CheckpointError(f"no usable checkpoint in {self.folder}: {'; '.join(problems)}")
+        return None
+
+    def discard_after(self, step: int) -> None:
+        """Moves checkpoints newer than `step` aside (to `damaged-<step>`), so that the run can write them again."""
+        for newer in [s for s in self.steps() if s > step]:
+            source, target = self.folder / str(newer), self.folder / f"damaged-{newer}"
+            serial = 0
+            while target.exists():
+                serial += 1
+                target = self.folder / f"damaged-{newer}-{serial}"
+            source.rename(target)
+        self._manager.reload()
+
+    def _finish(self, step: int) -> None:
+        try:
+            self._manager.wait_until_finished()
+            if self._sums:
+                self._write_sums(step)
+        except Exception as error:
+            self._failed(step, error)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self.failures += 1
+        good = [s for s in self._manager.all_steps() if (self.folder / str(s)).exists()]
+        warnings.warn(
+            f"checkpoint of step {step} could not be saved: {_first_line(error)}; training goes on, the last good "
+            f"checkpoint is that of step {max(good) if good else 'none'}",
+            stacklevel=3,
+        )
+
+    def _sums_file(self, step: int) -> Path:
+        return self.folder / "sums" / f"{step}.json"
+
+    def _write_sums(self, step: int) -> None:
+        path = self._sums_file(step)
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(_file_sums(self.folder / str(step))))
+        partial.replace(path)
+        for old in path.parent.glob("*.json"):
+            if not (self.folder / old.stem).exists():
+                old.unlink(missing_ok=True)
+
+    def _verify(self, step: int) -> None:
+        path, folder = self._sums_file(step), self.folder / str(step)
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no checkpoint of step {step} in {self.folder}: found {self.steps()}")
+        if not self._sums or not path.exists():
+            return
+        expected, found = json.loads(path.read_text()), _file_sums(folder)
+        for name in sorted(expected.keys() | found.keys()):
+            if name not in found:
+                raise CheckpointError(f"{folder / name} is missing")
+            if name in expected and expected[name] != found[name]:
+                raise CheckpointError(
+                    f"{folder / name} is damaged: size and CRC-32 {found[name]}, saved {expected[name]}"
+                )
+
+
+def load_meta(folder: str | os.PathLike, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """Step and `meta` of the newest (or given) checkpoint in `folder`, without reading arrays."""
+    folder = Path(folder)
+    found = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    if not found or (step is not None and step not in found):
+        raise CheckpointError(f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}: found {found}")
+    step = found[-1] if step is None else step
+    return step, json.loads((folder / str(step) / "meta" / "metadata").read_text())
+
+
+def load_params(folder: str | os.PathLike, abstract: PyTree, step: int | None = None) -> tuple[int, PyTree]:
+    """Step and parameters (`state.trainable`) of the newest good checkpoint, without the optimizer's state.
+
+    `abstract`: a tree of `jax.ShapeDtypeStruct` with shardings, as for `Checkpoints.restore`.
+    """
+    import orbax.checkpoint as ocp
+
+    checkpoints = Checkpoints(folder)
+    candidates = checkpoints.steps()[::-1] if step is None else [step]
+    if not candidates:
+        raise CheckpointError(f"no checkpoint in {folder}")
+    problems = []
+    for candidate in candidates:
+        try:
+            checkpoints._verify(candidate)
+            handler = ocp.PyTreeCheckpointHandler()
+            item = {"trainable": abstract}
+            restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+            args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+            with ocp.Checkpointer(handler) as reader:
+                restored = reader.restore(Path(folder).absolute() / str(candidate) / "state", args=args)
+            checkpoints.close()
+            return candidate, restored["trainable"]
+        except Exception as error:
+            problems.append(f"step {candidate}: {_first_line(error)}")
+            warnings.warn(
+                f"checkpoint of step {candidate} in {folder} cannot be used: {_first_line(error)}", stacklevel=2
+            )
+    raise CheckpointError(f"no usable checkpoint in {folder}: {'; '.join(problems)}")
+
+
+def _file_sums(folder: Path) -> dict[str, list[int]]:
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        value, size = 0, 0
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                value, size = zlib.crc32(chunk, value), size + len(chunk)
+        sums[str(path.relative_to(folder))] = [size, value]
+    return sums
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__)[:300]
