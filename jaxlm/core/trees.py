@@ -88,8 +88,13 @@ def partition(tree: PyTree, predicate: Callable[[str, str], Any], roles: PyTree)
 
 
 def merge(trainable: PyTree, frozen: PyTree, step: Any = None) -> PyTree:
-    """The whole tree of a partition. (`step` is there for `build` functions that change with it.)"""
+    """The whole tree of a partition; `frozen=None` means that all of it is trained.
+
+    This is the default `build` of a training step (others may change with `step`).
+    """
     del step
+    if frozen is None:
+        return trainable
 
     def join(a: Any, b: Any) -> Any:
         if isinstance(b, FrozenRows):
