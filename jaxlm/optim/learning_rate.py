@@ -60,11 +60,7 @@ def value_of(learning_rate: LearningRate, step: Any = None, hparams: Any = None)
         if hparams is None or learning_rate.name not in hparams:
             raise ConfigError(
                 f"the learning rate is hparams['{learning_rate.name}'], but update() was given "
-                + (
-                    "no hparams"
-                    if hparams is None
-                    else f"hparams without it: {nearest(learning_rate.name, hparams)}"
-                )
+                + ("no hparams" if hparams is None else f"hparams without it: {nearest(learning_rate.name, hparams)}")
             )
         factor, learning_rate = hparams[learning_rate.name], learning_rate.schedule
         if learning_rate is None:

@@ -22,9 +22,9 @@ Anything else is a `ConfigError`.
 from collections.abc import Callable, Collection
 from typing import Any
 
-import jax
-
 from jaxlm.core.errors import ConfigError, nearest
+from jaxlm.core.sharding import is_axes
+from jaxlm.core.trees import map_named, named_leaves
 
 ROLES = ("embed", "head", "tied", "matrix", "vector", "router", "conv", "filter", "codebook")
 
@@ -74,7 +74,7 @@ def roles(axes: Any) -> Any:
     Raises:
       ConfigError: a leaf has no role; the message names its path.
     """
-    return jax.tree.map_with_path(lambda path, leaf: role(leaf, path_name(path)), axes, is_leaf=is_axes)
+    return map_named(lambda path, leaf: role(leaf, path), axes, is_leaf=is_axes)
 
 
 def label(params: Any, axes: Any) -> Any:
@@ -118,23 +118,11 @@ def as_predicate(chosen: Predicate | Collection[str]) -> Predicate:
 
 def select(params: Any, axes: Any, choose: Callable[[str, str], Any]) -> Any:
     """`choose(path, role)` of every array in `params`, in the structure of `params`."""
-    leaves = jax.tree_util.tree_flatten_with_path(axes, is_leaf=is_axes)[0]
-    known = {path_name(path): leaf for path, leaf in leaves}
+    known = dict(named_leaves(axes, is_leaf=is_axes))
 
     def one(path, leaf):
-        name = path_name(path)
-        if name not in known:
-            raise ConfigError(f"no logical axes for parameter '{name}': {nearest(name, known)}")
-        return choose(name, role(known[name], name))
+        if path not in known:
+            raise ConfigError(f"no logical axes for parameter '{path}': {nearest(path, known)}")
+        return choose(path, role(known[path], path))
 
-    return jax.tree.map_with_path(one, params)
-
-
-def path_name(path: tuple) -> str:
-    """A key path as text: `"blocks/attention/query"`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def is_axes(node: Any) -> bool:
-    """Whether `node` is a leaf of an axes tree: a plain tuple of axis names or None."""
-    return type(node) is tuple and all(name is None or isinstance(name, str) for name in node)
+    return map_named(one, params)

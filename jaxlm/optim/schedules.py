@@ -63,9 +63,7 @@ def warmup_stable_decay(
             f"warmup_steps = {total_steps - warmup_steps}"
         )
     if shape == "exponential" and end_fraction == 0:
-        raise ConfigError(
-            "warmup_stable_decay: an exponential decay never reaches end_fraction 0; expected > 0"
-        )
+        raise ConfigError("warmup_stable_decay: an exponential decay never reaches end_fraction 0; expected > 0")
     decay_start = total_steps - decay_steps
 
     def schedule(step: Step) -> Float[Array, ""]:
@@ -134,8 +132,7 @@ def _check(name: str, peak: float, total_steps: int, warmup_steps: int, end_frac
         raise ConfigError(f"{name}: total_steps is {total_steps}, expected >= 1")
     if not 0 <= warmup_steps <= total_steps:
         raise ConfigError(
-            f"{name}: warmup_steps is {warmup_steps}, "
-            f"expected 0 <= warmup_steps <= total_steps = {total_steps}"
+            f"{name}: warmup_steps is {warmup_steps}, expected 0 <= warmup_steps <= total_steps = {total_steps}"
         )
     if not 0 <= end_fraction <= 1:
         raise ConfigError(f"{name}: end_fraction is {end_fraction}, expected 0 <= end_fraction <= 1")

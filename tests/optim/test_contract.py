@@ -116,9 +116,7 @@ def test_members_under_vmap_equal_members_alone_each_with_its_own_rate(make):
             stack(gradients), stacked_states, stack(params), stack(rates), jnp.int32(step + 1)
         )
         for i in range(members):
-            alone, states[i] = update(
-                tx, gradients[i], states[i], params[i], jnp.int32(step + 1), hparams=rates[i]
-            )
+            alone, states[i] = update(tx, gradients[i], states[i], params[i], jnp.int32(step + 1), hparams=rates[i])
             assert_trees_close(jax.tree.map(lambda u, i=i: u[i], stacked), alone, rtol=1e-4, atol=1e-6)
     assert not any(np.any(u) for u in jax.tree.leaves(alone))  # the member whose rate is 0
 
@@ -128,9 +126,7 @@ def test_updates_and_state_keep_dtypes_shapes_and_structure(make, dtype):
     tx, params = make(warmup_stable_decay(0.01, 100, 10, 10)), tree(0, dtype)
     state = tx.init(params)
     updates, new_state = update(tx, tree(1, dtype), state, params)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), updates) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), params
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), updates) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
     of = lambda s: jax.eval_shape(lambda: s)  # noqa: E731
     assert of(new_state) == of(state)
     assert jax.eval_shape(tx.init, params) == of(state)
