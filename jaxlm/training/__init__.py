@@ -1,0 +1,1 @@
+"""Training: the run's log and progress display here; nothing heavy is imported until it is used."""
