@@ -1,8 +1,8 @@
 """The record of a run: `metrics.jsonl`, one line a step, and TensorBoard events beside it.
 
 The file is only ever appended to, a whole line at a time, straight to the operating system: a killed process
-loses nothing it logged. `jaxlm.reporting.run_folder.read_metrics` reads it back. Logging never stops training:
-when the disk is full it says so once, and goes on when there is room again.
+loses nothing it logged. `jaxlm.reporting.run_folder.read_metrics` reads it back. Logging never stops
+training: when the disk is full it says so once, and goes on when there is room again.
 """
 
 import contextlib
@@ -122,8 +122,8 @@ class RunLog:
 class _Events:
     """A TensorBoard event file, written in this thread.
 
-    `tensorboardX.SummaryWriter` writes in a thread of its own, which dies on the first error, and then whoever
-    logs waits forever for its full queue; so its parts are used here.
+    `tensorboardX.SummaryWriter` writes in a thread of its own, which dies on the first error, and then
+    whoever logs waits forever for its full queue; so its parts are used here.
     """
 
     FLUSH_SECONDS = 20
