@@ -223,6 +223,26 @@ def test_indentation_and_line_ends_have_pieces():
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_long_texts_are_cut_without_effect(model_type):
+    tokenizer = sentence_piece(model_type)
+    long = "".join(CORPUS) + " " * 3000 + "end" + "x" * 3000
+    assert len(tokenizer._parts(long)) > 5
+    assert tokenizer.encode_batch([long]) == [tokenizer._processor.encode(long)]
+
+
+def test_texts_are_not_cut_where_a_piece_may_cross():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=340, model_type="bpe", minloglevel=2,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        byte_fallback=True, split_by_whitespace=False,
+    )  # fmt: skip
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    long = "".join(CORPUS)
+    assert tokenizer.encode_batch([long]) == [tokenizer._processor.encode(long)]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_impossible_vocabularies_name_the_limit(tmp_path, model_type):
     with pytest.raises(ConfigError, match=r"100000 is too large .* largest possible is \d+") as raised:
         train_sentencepiece(CORPUS, 100_000, model_type=model_type, cache=tmp_path)
