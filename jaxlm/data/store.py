@@ -57,9 +57,7 @@ class TokenStore:
         """The index of a source, by name or index; `DataError` for an unknown one."""
         if isinstance(source, str):
             if source not in self.source_names:
-                raise DataError(
-                    f"no source '{source}' in {self.folder}: {nearest(source, self.source_names)}"
-                )
+                raise DataError(f"no source '{source}' in {self.folder}: {nearest(source, self.source_names)}")
             return self.source_names.index(source)
         if not 0 <= source < len(self.source_names):
             raise DataError(f"no source {source} in {self.folder}: it has {len(self.source_names)}")
@@ -157,19 +155,13 @@ def open_store(folder: str | Path, tokenizer: Tokenizer | None = None) -> TokenS
     except FileNotFoundError as error:
         raise DataError(f"no tokenized store at {folder}: {_MANIFEST} is missing") from error
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{folder / _MANIFEST} is damaged ({error}): delete the folder to rebuild it"
-        ) from error
+        raise DataError(f"{folder / _MANIFEST} is damaged ({error}): delete the folder to rebuild it") from error
     if manifest.get("format") != FORMAT:
-        raise DataError(
-            f"{folder} has format {manifest.get('format')}, expected {FORMAT}: delete it to rebuild"
-        )
+        raise DataError(f"{folder} has format {manifest.get('format')}, expected {FORMAT}: delete it to rebuild")
     for name, size in manifest["files"].items():
         found = (folder / name).stat().st_size if (folder / name).exists() else 0
         if found != size:
-            raise DataError(
-                f"{folder / name} holds {found} bytes, expected {size}: delete the folder to rebuild it"
-            )
+            raise DataError(f"{folder / name} holds {found} bytes, expected {size}: delete the folder to rebuild it")
     if tokenizer is not None and tokenizer.fingerprint != manifest["settings"]["tokenizer"]:
         raise DataError(
             f"{folder} was encoded with the tokenizer {manifest['settings']['tokenizer']}, "
@@ -187,9 +179,7 @@ def permutation(size: int, *key: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=words).random_raw(size), kind="stable")
 
 
-def _reuse(
-    folder: Path, sources: Mapping[str, Iterable[Document]], settings: Mapping[str, Any]
-) -> TokenStore:
+def _reuse(folder: Path, sources: Mapping[str, Iterable[Document]], settings: Mapping[str, Any]) -> TokenStore:
     store = open_store(folder)
     changed = differences(store.manifest["settings"], settings)
     if not changed:
@@ -245,9 +235,7 @@ def _write(
     arrival.unlink()
     arrays = {
         "offsets.bin": np.cumsum(np.concatenate(all_lengths)),
-        "sources.bin": np.repeat(
-            np.arange(len(sources), dtype=np.int32), [s["documents"] for s in described]
-        ),
+        "sources.bin": np.repeat(np.arange(len(sources), dtype=np.int32), [s["documents"] for s in described]),
         "bytes.bin": np.concatenate(all_bytes),
     }
     for file, array in arrays.items():
