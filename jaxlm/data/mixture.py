@@ -2,8 +2,8 @@
 
 The interleave is deterministic: n draws at weights w give source i within len(w) of n * w_i, for every n.
 Index to (source, index in the source) takes no state, so resuming is a seek, and weights may change at any
-index not drawn yet. (`grain.MapDataset.mix` draws in the same way, but refuses zero weights, stops at the first
-exhausted source, and keeps one set of weights for good.)
+index not drawn yet. (`grain.MapDataset.mix` draws in the same way, but refuses zero weights, stops at the
+first exhausted source, and keeps one set of weights for good.)
 
 Weight rules: examples-proportional with a limit and temperature as in T5 (arXiv 1910.10683, section 3.5.2).
 """
@@ -142,7 +142,7 @@ class Schedule:
             raise ConfigError(f"the first entry of a schedule is at step {step}, expected 0")
         if self.entries and step <= self.entries[-1][0]:
             raise ConfigError(
-                f"schedule entry at step {step} after one at step {self.entries[-1][0]}, expected a later step"
+                f"schedule entry at step {step} after one at step {self.entries[-1][0]}, expected a later one"
             )
         self.entries.append((int(step), tuple(float(w) for w in weights)))
 
