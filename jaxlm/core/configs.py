@@ -1,4 +1,4 @@
-"""Frozen dataclasses to and from JSON (a run folder holds one as `config.json`), and how two configs differ."""
+"""Frozen dataclasses to and from JSON: what a run's `config.json` holds, and how two configs differ."""
 
 import dataclasses
 import hashlib

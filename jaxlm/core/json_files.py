@@ -1,0 +1,75 @@
+"""JSON as run folders hold it: strict (a NaN is the text "NaN"), written whole or not at all."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jaxlm.core.errors import DataError
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """JSON text that every reader accepts. Arrays of no dimension become numbers, NaN and infinities text."""
+    text = json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    # Half a surrogate pair, which a sample may hold, becomes its JSON escape.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def number(value: Any) -> Any:
+    """The number that `dumps` wrote as text (`"NaN"` -> nan), or that a scalar array holds; else `value`."""
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return value
+
+
+def read_json(path: Path | str) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+      DataError: the file is missing or is not JSON; names the file, line and column.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Replaces a JSON file in one move: a reader, or a killed writer, never leaves half of it."""
+    write_text(path, dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Replaces a text file in one move."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    value = number(value) if not isinstance(value, str) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,1 @@
+"""From files of text to batches: tokenizers, sources, the tokenized store, packing, mixtures, iterators."""

@@ -1,0 +1,92 @@
+"""Loss, perplexity and bits per byte of a language model on token batches."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlm.core.errors import DataError
+from jaxlm.objectives.causal_lm import CausalLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """How well a model predicts a text.
+
+    `loss`: nats per token. `bits_per_byte` compares models with different tokenizers.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    accuracy: float
+    tokens: int
+    bytes: int
+
+
+SumFunction = Callable[[Any, Mapping[str, Array]], Mapping[str, Float[Array, ""]]]
+
+
+def make_sums(objective: CausalLM, byte_lengths: Int[Array, "vocab"]) -> SumFunction:
+    """`(params, batch) -> sums` of `nll`, `correct`, `tokens` and `bytes`, to be compiled once and added over batches.
+
+    `byte_lengths`: bytes that each token id stands for (0 for control tokens), as
+    `jaxlm.data.pipeline.token_byte_lengths` gives.
+    """
+    table = np.asarray(byte_lengths, np.int32)
+
+    def sums(params: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
+        found = objective.sums(params, batch)
+        counted = batch["loss_weights"] > 0
+        lengths = jnp.where(counted, jnp.asarray(table)[batch["targets"]], 0)
+        return {
+            "nll": found["nll"],
+            "correct": found["correct"],
+            "tokens": jnp.sum(batch["loss_weights"]),
+            "bytes": jnp.sum(lengths),
+        }
+
+    return sums
+
+
+def likelihood(
+    sums: SumFunction,
+    params: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    put: Callable[[Mapping[str, np.ndarray]], Mapping[str, Array]] = jax.device_put,
+) -> Likelihood:
+    """Adds `sums` (of `make_sums`, compiled) over batches and divides once.
+
+    `bits_per_byte` is the summed negative log-likelihood, end-of-document tokens included, in bits over the bytes of
+    the text. Raises `DataError` if there is nothing to predict.
+    """
+    total: dict[str, float] = {"nll": 0.0, "correct": 0.0, "tokens": 0.0, "bytes": 0.0}
+    waiting: Mapping[str, Array] | None = None
+    for batch in batches:
+        part = sums(params, put(batch))
+        if waiting is not None:  # read one batch late: the device always has work
+            _add(total, waiting)
+        waiting = part
+    if waiting is not None:
+        _add(total, waiting)
+    if not total["tokens"]:
+        raise DataError("there are no tokens to evaluate")
+    loss = total["nll"] / total["tokens"]
+    return Likelihood(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=total["nll"] / math.log(2) / total["bytes"] if total["bytes"] else math.nan,
+        accuracy=total["correct"] / total["tokens"],
+        tokens=int(total["tokens"]),
+        bytes=int(total["bytes"]),
+    )
+
+
+def _add(total: dict[str, float], part: Mapping[str, Array]) -> None:
+    for name, value in jax.device_get(dict(part)).items():
+        total[name] += float(value)

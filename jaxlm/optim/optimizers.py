@@ -1,0 +1,181 @@
+"""The optimizers of a training run, wired to roles: AdamW, and Muon on the kernels with Adam on the rest.
+
+Both are chains of Optax's own pieces. What is added is that they know which leaf is what (`roles`), that
+kernels are `(leading..., in, out)` with independent matrices along the leading axes, and that the learning
+rate follows the caller's `step`. Call them as `tx.update(gradients, state, params, step=step)`; the extra
+arguments `key`, `loss_fn` and `hparams` may be given too.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from jaxlm.core.errors import ConfigError
+from jaxlm.optim import roles
+from jaxlm.optim.learning_rate import LearningRate, scale_by_learning_rate
+
+DECAYED_ROLES = ("matrix", "embed", "tied", "head", "router", "conv")
+"""Weight decay by default: tables and kernels; not norm scales and biases, implicit filters and codebooks."""
+
+
+def adamw(
+    learning_rate: LearningRate,
+    *,
+    axes: Any,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    decay: roles.Predicate | Collection[str] = DECAYED_ROLES,
+    clip_norm: float | None = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW: `p -= lr(step) * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p)`.
+
+    Source: Decoupled Weight Decay Regularization (Loshchilov and Hutter, 2019, arXiv 1711.05101), in the
+    form of Optax and PyTorch, where the decay is multiplied by the learning rate.
+
+    Args:
+      learning_rate: a number, a schedule of the step, or `FromHparams`.
+      axes: the tree of logical axis names of all parameters.
+      b1, b2: decay rates of the first and second moments.
+      eps: added to the root of the second moment.
+      weight_decay: strength of the decoupled decay.
+      decay: which parameters decay: roles, or a predicate on `(path, role)`.
+      clip_norm: scale gradients down to this global norm first; None leaves them.
+      mu_dtype: dtype of the first moment; None is that of the parameter.
+
+    Raises:
+      ConfigError: a value out of its range, a leaf without a role, an unknown role in `decay`.
+    """
+    adam = _adam(b1, b2, eps, mu_dtype)
+    return optax.chain(
+        *_clip(clip_norm),
+        adam,
+        *_decay(weight_decay, decay, axes),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def muon(
+    learning_rate: LearningRate,
+    *,
+    axes: Any,
+    beta: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    consistent_rms: float | None = 0.2,
+    muon_roles: roles.Predicate | Collection[str] = ("matrix",),
+    adam_learning_rate: LearningRate | None = None,
+    adam_b1: float = 0.9,
+    adam_b2: float = 0.95,
+    adam_eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    decay: roles.Predicate | Collection[str] = DECAYED_ROLES,
+    clip_norm: float | None = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon on every layer's and expert's matrix of role `matrix`, one by one; Adam on everything else.
+
+    A kernel's update is its momentum made nearly orthogonal by Newton-Schulz iterations.
+    `optax.contrib.muon` left to itself takes every two-dimensional array for a matrix: with stacked kernels
+    that is the embedding, and the kernels silently get Adam.
+
+    Source: Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon); `consistent_rms` from
+    Muon is Scalable for LLM Training (Liu et al., 2025, arXiv 2502.16982, section 2.2).
+
+    Args:
+      learning_rate: a number, a schedule of the step, or `FromHparams`.
+      axes: the tree of logical axis names of all parameters.
+      beta: decay rate of the momentum.
+      nesterov: whether the update looks one step ahead.
+      ns_steps: Newton-Schulz iterations.
+      consistent_rms: scale updates to this root mean square, `sqrt(max(in, out)) * consistent_rms` times the
+        orthogonal matrix, so that one learning rate and weight decay serve Muon and Adam; None scales by
+        `sqrt(max(1, out / in))` instead, and then Muon wants a rate of its own.
+      muon_roles: which parameters Muon takes: roles, or a predicate on `(path, role)`. Their last two axes
+      are
+        `(in, out)`.
+      adam_learning_rate: the rate of the rest; None is `learning_rate`.
+      adam_b1, adam_b2, adam_eps: Adam's moments and epsilon for the rest.
+      weight_decay: strength of the decoupled decay, times the learning rate of each group.
+      decay: which parameters decay: roles, or a predicate on `(path, role)`.
+      clip_norm: scale gradients down to this global norm first; None leaves them.
+      mu_dtype: dtype of the momentum and of Adam's first moment; None is that of the parameter.
+
+    Raises:
+      ConfigError: a value out of its range, a leaf without a role, an unknown role.
+    """
+    _check_fraction("beta", beta)
+    if ns_steps < 1:
+        raise ConfigError(f"ns_steps is {ns_steps}, expected >= 1")
+    takes = roles.as_predicate(muon_roles)
+
+    def groups(params):
+        return roles.select(params, axes, lambda path, role: "muon" if takes(path, role) else "adam")
+
+    def dimensions(params):
+        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params)
+
+    orthogonalize = optax.chain(
+        contrib.scale_by_muon(
+            beta=beta,
+            nesterov=nesterov,
+            ns_steps=ns_steps,
+            mu_dtype=mu_dtype,
+            weight_dimension_numbers=dimensions,
+        ),
+        optax.stateless_with_tree_map(lambda update, _: update * _shape_scale(update.shape, consistent_rms)),
+    )
+    rate = scale_by_learning_rate(learning_rate)
+    if adam_learning_rate is not None:
+        rate = optax.partition({"muon": rate, "adam": scale_by_learning_rate(adam_learning_rate)}, groups)
+    return optax.chain(
+        *_clip(clip_norm),
+        optax.partition({"muon": orthogonalize, "adam": _adam(adam_b1, adam_b2, adam_eps, mu_dtype)}, groups),
+        *_decay(weight_decay, decay, axes),
+        rate,
+    )
+
+
+def _adam(b1: float, b2: float, eps: float, mu_dtype: Any) -> optax.GradientTransformation:
+    _check_fraction("b1", b1)
+    _check_fraction("b2", b2)
+    if not eps >= 0:
+        raise ConfigError(f"eps is {eps}, expected >= 0")
+    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+
+
+def _shape_scale(shape: tuple[int, ...], consistent_rms: float | None) -> float:
+    fan_in, fan_out = shape[-2:]
+    if consistent_rms is None:
+        return max(1.0, fan_out / fan_in) ** 0.5
+    return max(fan_in, fan_out) ** 0.5 * consistent_rms
+
+
+def _clip(clip_norm: float | None) -> list[optax.GradientTransformation]:
+    if clip_norm is None:
+        return []
+    if not clip_norm > 0:
+        raise ConfigError(f"clip_norm is {clip_norm}, expected > 0, or None not to clip")
+    return [optax.clip_by_global_norm(clip_norm)]
+
+
+def _decay(
+    weight_decay: float, decay: roles.Predicate | Collection[str], axes: Any
+) -> list[optax.GradientTransformation]:
+    roles.roles(axes)  # a leaf without a role is an error before any compute
+    chosen = roles.as_predicate(decay)
+    if not weight_decay >= 0:
+        raise ConfigError(f"weight_decay is {weight_decay}, expected >= 0")
+    if weight_decay == 0:
+        return []
+    return [optax.add_decayed_weights(weight_decay, mask=lambda params: roles.mask(params, axes, chosen))]
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name} is {value}, expected 0 <= {name} < 1")

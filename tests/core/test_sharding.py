@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlm.core import sharding
+from jaxlm.core.errors import ConfigError
+from jaxlm.core.sharding import MeshConfig, make_mesh, use_mesh
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (MeshConfig(), (8, 1, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1), (2, 4, 1, 1, 1)),
+        (MeshConfig(data=1, fsdp=2, tensor=4), (1, 2, 1, 1, 4)),
+    ],
+)
+def test_sizes_fill_what_is_left(config, sizes):
+    assert config.sizes(8) == sizes
+    assert tuple(make_mesh(config).shape.values()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=3), "must equal 8"),
+        (MeshConfig(tensor=3), "must divide 8"),
+        (MeshConfig(fsdp=-1), "more than one -1"),
+        (MeshConfig(tensor=0), "mesh.tensor is 0"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        config.sizes(8)
+
+
+def test_constraints_take_effect_inside_a_mesh_and_are_nothing_outside():
+    x = jnp.ones((8, 4))
+    assert sharding.constrain(x, "batch", "act_embed") is x
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+    with use_mesh(mesh):
+        y = jax.jit(lambda x: sharding.constrain(x, "batch", "act_mlp") * 2)(x)
+        odd = jax.jit(lambda x: sharding.constrain(x, "batch", "act_mlp") * 2)(jnp.ones((1, 4)))
+    expected = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor"))
+    assert y.sharding.is_equivalent_to(expected, 2)
+    assert odd.shape == (1, 4)
+
+
+def test_unknown_axis_names_and_sizes_that_do_not_divide_are_refused():
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+    shape = {"w": jax.ShapeDtypeStruct((6, 8), jnp.float32)}
+    with pytest.raises(ConfigError, match="no sharding rule for the logical axis 'embd'"):
+        sharding.shardings(mesh, {"w": ("embd", "mlp")}, shape)
+    with pytest.raises(ConfigError, match="w: its axis 'mlp' of size 6 is not divisible by 4"):
+        sharding.shardings(mesh, {"w": ("mlp", "embed")}, shape)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    mesh = make_mesh(MeshConfig(data=8))
+    with pytest.raises(ConfigError, match="batch of 12 rows is not divisible by 8"):
+        sharding.shard_batch(mesh, {"inputs": np.zeros((12, 4), np.int32)})
+    placed = sharding.shard_batch(mesh, {"inputs": np.zeros((16, 4), np.int32)})
+    assert len(placed["inputs"].addressable_shards) == 8
+
+
+def test_the_platform_is_that_of_the_mesh():
+    assert sharding.platform() == "cpu"
+    with use_mesh(make_mesh()):
+        assert sharding.platform() == "cpu"
+        assert sharding.axis_size("data") == 8
+    assert sharding.axis_size("data") == 1

@@ -1,0 +1,39 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core.errors import DataError
+from jaxlm.evals import likelihood, make_sums
+from jaxlm.objectives import CausalLM
+from jaxlm.testing import tiny_decoder
+
+
+def test_equals_the_definition():
+    model, params = tiny_decoder("llama")
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 5, 64).astype(np.int32)
+    batches = []
+    for _ in range(3):
+        ids = rng.integers(0, 64, (2, 9)).astype(np.int32)
+        weights = (rng.random((2, 8)) > 0.3).astype(np.float32)
+        batches.append({"inputs": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": weights})
+    result = likelihood(jax.jit(make_sums(CausalLM(model), lengths)), params, batches)
+    nll = tokens = count = 0
+    for batch in batches:
+        logits = model.apply({"params": params}, jnp.asarray(batch["inputs"]))
+        logp = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][..., None], -1)[..., 0]
+        nll -= float((logp * batch["loss_weights"]).sum())
+        tokens += int(batch["loss_weights"].sum())
+        count += int((lengths[batch["targets"]] * (batch["loss_weights"] > 0)).sum())
+    assert result.tokens == tokens
+    assert result.bytes == count
+    assert result.loss == pytest.approx(nll / tokens, rel=1e-5)
+    assert result.perplexity == pytest.approx(np.exp(nll / tokens), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(nll / np.log(2) / count, rel=1e-5)
+
+
+def test_nothing_to_predict_is_an_error():
+    model, params = tiny_decoder("llama")
+    with pytest.raises(DataError, match="no tokens to evaluate"):
+        likelihood(make_sums(CausalLM(model), np.ones(64)), params, [])

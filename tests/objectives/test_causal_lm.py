@@ -1,0 +1,146 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm.core.errors import ConfigError
+from jaxlm.objectives import CausalLM, StepContext, token_loss_sums
+from jaxlm.testing import tiny_decoder
+
+
+def batch(length=13, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = jnp.asarray(rng.integers(0, 64, (3, length + 1)), jnp.int32)
+    weights = jnp.asarray(rng.random((3, length)) * (rng.random((3, length)) > 0.3), jnp.float32)
+    return {"inputs": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": weights}
+
+
+def value_and_gradient(objective, params, data):
+    def loss(params):
+        totals = objective.totals(params, data, StepContext())
+        return objective.loss(params, data, StepContext(), totals)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("chunk", [None, 4, 13])
+def test_equals_optax_on_whole_logits(family, chunk):
+    model, params = tiny_decoder(family)
+    data = batch()
+
+    def plain(params):
+        logits = model.apply({"params": params}, data["inputs"])
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, data["targets"])
+        z = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+        return jnp.sum(data["loss_weights"] * (nll + 1e-3 * z)) / jnp.sum(data["loss_weights"])
+
+    expected, expected_grads = jax.jit(jax.value_and_grad(plain))(params)
+    for implementation in ("fused", "reference"):
+        objective = CausalLM(model, z_loss=1e-3, chunk_length=chunk, implementation=implementation)
+        (loss, aux), grads = value_and_gradient(objective, params, data)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        chex.assert_trees_all_close(grads, expected_grads, atol=1e-6, rtol=1e-4)
+        total = aux.metrics["loss"][0] + aux.metrics["z_loss"][0]
+        np.testing.assert_allclose(total / aux.metrics["loss"][1], expected, rtol=1e-5)
+
+
+def test_uniform_logits_give_log_vocabulary_whatever_the_weights():
+    model, params = tiny_decoder("llama")
+    params["head"]["kernel"] = jnp.zeros_like(params["head"]["kernel"])
+    (loss, _), _ = value_and_gradient(CausalLM(model), params, batch())
+    np.testing.assert_allclose(loss, np.log(64), rtol=1e-6)
+
+
+def test_doubling_all_weights_changes_nothing():
+    model, params = tiny_decoder("llama")
+    data = batch()
+    twice = {**data, "loss_weights": 2 * data["loss_weights"]}
+    chex.assert_trees_all_close(
+        value_and_gradient(CausalLM(model), params, data)[1],
+        value_and_gradient(CausalLM(model), params, twice)[1],
+        atol=1e-6,
+    )
+
+
+def test_a_batch_without_weights_has_loss_and_gradients_of_zero():
+    model, params = tiny_decoder("llama")
+    data = {**batch(), "loss_weights": jnp.zeros((3, 13))}
+    (loss, _), grads = value_and_gradient(CausalLM(model), params, data)
+    assert float(loss) == 0.0
+    assert all(float(jnp.abs(g).max()) == 0.0 for g in jax.tree.leaves(grads))
+
+
+def test_packed_documents_have_the_loss_and_gradient_of_documents_alone():
+    model, params = tiny_decoder("gpt2")
+    a, b = batch(6, 1), batch(9, 2)
+    pieces = [jax.tree.map(lambda x: x[:1], part) for part in (a, b)]
+    packed = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *pieces)
+    packed["segment_ids"] = jnp.array([[1] * 6 + [2] * 9], jnp.int32)
+    packed["positions"] = jnp.array([[*range(6), *range(9)]], jnp.int32)
+    objective = CausalLM(model)
+    expected = [jax.jit(jax.grad(lambda p, d=d: objective.sums(p, d)["loss"]))(params) for d in pieces]
+    got = jax.jit(jax.grad(lambda p: objective.sums(p, packed)["loss"]))(params)
+    chex.assert_trees_all_close(got, jax.tree.map(jnp.add, *expected), atol=2e-5, rtol=1e-4)
+
+
+def test_a_frozen_head_costs_no_weight_gradient():
+    model, params = tiny_decoder("llama", vocab_size=64)
+    hidden = jax.random.normal(jax.random.key(0), (3, 12, 32))
+    data = batch(12)
+
+    def loss(head, hidden):
+        sums = token_loss_sums(
+            model.head, head, hidden, data["targets"], data["loss_weights"], vocab_size=64, chunk_length=4
+        )
+        return sums["loss"]
+
+    head = model.head_params(params)
+    both = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(head, hidden).compile().as_text()
+    one = jax.jit(jax.grad(loss, argnums=1)).lower(head, hidden).compile().as_text()
+    assert one.count(" dot(") < both.count(" dot(")
+    chex.assert_trees_all_close(
+        jax.grad(loss, argnums=1)(head, hidden), jax.grad(loss, argnums=(0, 1))(head, hidden)[1], atol=1e-6
+    )
+
+
+def test_no_array_of_all_logits_exists():
+    model, params = tiny_decoder("llama", vocab_size=3001)
+    data = batch(16)
+    objective = CausalLM(model, chunk_length=4)
+    text = jax.jit(jax.grad(lambda p: objective.sums(p, data)["loss"])).lower(params).as_text()
+    assert "x3001xf32" in text
+    assert "3x16x3001xf32" not in text
+    assert "48x3001xf32" not in text
+
+
+def test_the_reference_has_second_derivatives():
+    model, params = tiny_decoder("llama", num_layers=1, attention="reference")
+    objective = CausalLM(model, implementation="reference")
+    data = batch(5)
+    direction = jax.tree.map(jnp.ones_like, params)
+    product = jax.jvp(jax.grad(lambda p: objective.sums(p, data)["loss"]), (params,), (direction,))[1]
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(product))
+
+
+def test_batches_under_vmap():
+    model, params = tiny_decoder("llama", num_layers=2)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), params)
+    objective, data = CausalLM(model, chunk_length=4), batch(12)
+    grad = jax.grad(lambda p: objective.sums(p, data)["loss"])
+    together = jax.jit(jax.vmap(grad))(stacked)
+    for i in range(2):
+        alone = jax.jit(grad)(jax.tree.map(lambda x: x[i], stacked))  # noqa: B023
+        chex.assert_trees_all_close(jax.tree.map(lambda x: x[i], together), alone, atol=1e-4, rtol=1e-3)  # noqa: B023
+
+
+def test_bad_settings_are_refused():
+    model, _ = tiny_decoder("llama")
+    with pytest.raises(ConfigError, match="z_loss is -1"):
+        CausalLM(model, z_loss=-1)
+    with pytest.raises(ConfigError, match="implementation 'fast'"):
+        dataclasses.replace(CausalLM(model), implementation="fast")
