@@ -122,6 +122,19 @@ def gather(cache: KVCache, rows: Int[Array, "rows"]) -> KVCache:
     return _rows(cache, lambda x, axis: jnp.take(x, rows, axis=axis))
 
 
+def insert(cache: KVCache, rows: Int[Array, "rows"], other: KVCache) -> KVCache:
+    """The cache with row `rows[i]` replaced by row `i` of `other`; rows beyond the batch are dropped (per-row mode)."""
+    if not cache.per_row:
+        raise ValueError("insert needs a per-row cache: a shared one has a single index")
+    return dataclasses.replace(
+        cache,
+        k=cache.k.at[:, rows].set(other.k, mode="drop"),
+        v=cache.v.at[:, rows].set(other.v, mode="drop"),
+        index=cache.index.at[rows].set(other.index, mode="drop"),
+        empty=cache.empty and other.empty,
+    )
+
+
 def _rows(cache: KVCache, pick: Any) -> KVCache:
     per_row = {"index": pick(cache.index, 0)} if cache.per_row else {"start": pick(cache.start, 0)}
     return dataclasses.replace(cache, k=pick(cache.k, 1), v=pick(cache.v, 1), **per_row)

@@ -1,0 +1,45 @@
+"""Decoding: one state machine for all sampling, logit processors, text in and out, refill."""
+
+from jaxlm.decoding.generate import GenerationConfig, GenerationOutput, generate
+from jaxlm.decoding.generator import GenerationState, Generator
+from jaxlm.decoding.processors import (
+    Appended,
+    Bias,
+    CountPenalty,
+    Forbid,
+    History,
+    MinP,
+    Processor,
+    RepetitionPenalty,
+    TopK,
+    TopP,
+)
+from jaxlm.decoding.refill import Sample, generate_refilled, refilled
+from jaxlm.decoding.stepper import DecoderStepper, Stepper
+from jaxlm.decoding.text import Completion, generate_text, stream_text
+
+__all__ = [
+    "Appended",
+    "Bias",
+    "Completion",
+    "CountPenalty",
+    "DecoderStepper",
+    "Forbid",
+    "GenerationConfig",
+    "GenerationOutput",
+    "GenerationState",
+    "Generator",
+    "History",
+    "MinP",
+    "Processor",
+    "RepetitionPenalty",
+    "Sample",
+    "Stepper",
+    "TopK",
+    "TopP",
+    "generate",
+    "generate_refilled",
+    "generate_text",
+    "refilled",
+    "stream_text",
+]
