@@ -201,9 +201,7 @@ def _finish(report: Report, out: Path) -> None:
     print(f"report: {path}")
 
 
-def _guard(
-    argv: Sequence[str], command: str | None, prepare: Callable[[], Any], work: Callable[[Any], None]
-) -> int:
+def _guard(argv: Sequence[str], command: str | None, prepare: Callable[[], Any], work: Callable[[Any], None]) -> int:
     """Calls `prepare` then `work`, turns errors into one clear message and an exit code."""
     ready = False
     try:

@@ -75,8 +75,7 @@ class ScheduledMixture:
             base = np.zeros(len(self.names), dtype=np.int64)
         elif start <= self._starts[-1]:
             raise ConfigError(
-                f"mixture weights from index {start} after ones from index {self._starts[-1]}, "
-                "expected a later index"
+                f"mixture weights from index {start} after ones from index {self._starts[-1]}, expected a later index"
             )
         else:
             base = self.counts(start)

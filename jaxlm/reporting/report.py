@@ -88,6 +88,8 @@ class Figure:
         for name in ("x_scale", "y_scale"):
             if getattr(self, name) not in SCALES:
                 raise ConfigError(f"figure '{self.title}': {name} is '{getattr(self, name)}', expected one of {SCALES}")
+        if len({line.style == "bars" for line in self.series}) == 2:
+            raise ConfigError(f"figure '{self.title}': bars and lines do not go into one figure")
         if bool(self.series) == bool(self.image):
             raise ConfigError(f"figure '{self.title}': give either series or an image")
 

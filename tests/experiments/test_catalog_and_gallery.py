@@ -164,9 +164,7 @@ def test_the_page_of_claims(here, tmp_path):
 
 
 def test_without_results_the_page_says_so(here, tmp_path):
-    assert gallery.write(tmp_path / "results", tmp_path / "README.md").endswith(
-        "0 experiments, 0 claims, 0 hold"
-    )
+    assert gallery.write(tmp_path / "results", tmp_path / "README.md").endswith("0 experiments, 0 claims, 0 hold")
     assert "No results are kept yet." in (tmp_path / "README.md").read_text()
 
 

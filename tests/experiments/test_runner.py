@@ -68,10 +68,7 @@ def test_a_run_leaves_config_metrics_report_and_page(fake, capsys):
 
 @pytest.mark.parametrize("spelling", [["--preset", "smoke"], ["--preset=smoke"]])
 def test_options_start_from_the_preset(fake, spelling):
-    assert (
-        call(fake, *spelling, "--descent.learning_rate", "0.5", "--descent.momentum", "True", "--out", "a b")
-        == 0
-    )
+    assert call(fake, *spelling, "--descent.learning_rate", "0.5", "--descent.momentum", "True", "--out", "a b") == 0
     report = load("a b/report.json")
     assert report.preset == "smoke"
     assert report.config == {"steps": 3, "fail": "", "descent": {"learning_rate": 0.5, "momentum": True}}
