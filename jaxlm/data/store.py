@@ -21,6 +21,7 @@ import numpy as np
 from jaxlm.core.configs import differences, fingerprint
 from jaxlm.core.errors import DataError, nearest
 from jaxlm.data.cache import atomic_folder
+from jaxlm.data.permutation import permutation_key, permuted
 from jaxlm.data.sources import Document
 from jaxlm.data.tokenizers.protocol import Tokenizer, utf8
 
@@ -57,7 +58,9 @@ class TokenStore:
         """The index of a source, by name or index; `DataError` for an unknown one."""
         if isinstance(source, str):
             if source not in self.source_names:
-                raise DataError(f"no source '{source}' in {self.folder}: {nearest(source, self.source_names)}")
+                raise DataError(
+                    f"no source '{source}' in {self.folder}: {nearest(source, self.source_names)}"
+                )
             return self.source_names.index(source)
         if not 0 <= source < len(self.source_names):
             raise DataError(f"no source {source} in {self.folder}: it has {len(self.source_names)}")
@@ -155,13 +158,19 @@ def open_store(folder: str | Path, tokenizer: Tokenizer | None = None) -> TokenS
     except FileNotFoundError as error:
         raise DataError(f"no tokenized store at {folder}: {_MANIFEST} is missing") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{folder / _MANIFEST} is damaged ({error}): delete the folder to rebuild it") from error
+        raise DataError(
+            f"{folder / _MANIFEST} is damaged ({error}): delete the folder to rebuild it"
+        ) from error
     if manifest.get("format") != FORMAT:
-        raise DataError(f"{folder} has format {manifest.get('format')}, expected {FORMAT}: delete it to rebuild")
+        raise DataError(
+            f"{folder} has format {manifest.get('format')}, expected {FORMAT}: delete it to rebuild"
+        )
     for name, size in manifest["files"].items():
         found = (folder / name).stat().st_size if (folder / name).exists() else 0
         if found != size:
-            raise DataError(f"{folder / name} holds {found} bytes, expected {size}: delete the folder to rebuild it")
+            raise DataError(
+                f"{folder / name} holds {found} bytes, expected {size}: delete the folder to rebuild it"
+            )
     if tokenizer is not None and tokenizer.fingerprint != manifest["settings"]["tokenizer"]:
         raise DataError(
             f"{folder} was encoded with the tokenizer {manifest['settings']['tokenizer']}, "
@@ -170,16 +179,9 @@ def open_store(folder: str | Path, tokenizer: Tokenizer | None = None) -> TokenS
     return TokenStore(folder, manifest)
 
 
-def permutation(size: int, *key: int) -> np.ndarray:
-    """int64 `[size]`: a permutation that depends on the numbers in `key` (one or two) alone.
-
-    NumPy may change the streams of its generators between versions, but not the raw bits of Philox.
-    """
-    words = np.array([k & (2**64 - 1) for k in (*key, 0)][:2], dtype=np.uint64)
-    return np.argsort(np.random.Philox(key=words).random_raw(size), kind="stable")
-
-
-def _reuse(folder: Path, sources: Mapping[str, Iterable[Document]], settings: Mapping[str, Any]) -> TokenStore:
+def _reuse(
+    folder: Path, sources: Mapping[str, Iterable[Document]], settings: Mapping[str, Any]
+) -> TokenStore:
     store = open_store(folder)
     changed = differences(store.manifest["settings"], settings)
     if not changed:
@@ -218,7 +220,7 @@ def _write(
                 lengths, sizes = _encode(documents, tokenizer, settings, dtype, digest, raw, advance)
             if not len(lengths):
                 raise DataError(f"the source '{name}' is empty: {digest.count} documents, nothing to predict")
-            order = permutation(len(lengths), settings["seed"], index)
+            order = permuted(np.arange(len(lengths)), len(lengths), permutation_key(settings["seed"], index))
             _permute(arrival, dtype, lengths, order, out, content)
             all_lengths.append(lengths[order])
             all_bytes.append(sizes[order])
@@ -235,7 +237,9 @@ def _write(
     arrival.unlink()
     arrays = {
         "offsets.bin": np.cumsum(np.concatenate(all_lengths)),
-        "sources.bin": np.repeat(np.arange(len(sources), dtype=np.int32), [s["documents"] for s in described]),
+        "sources.bin": np.repeat(
+            np.arange(len(sources), dtype=np.int32), [s["documents"] for s in described]
+        ),
         "bytes.bin": np.concatenate(all_bytes),
     }
     for file, array in arrays.items():
