@@ -2,7 +2,7 @@
 
 A Feistel network over the smallest number of bits that holds the size, walked again from every value that
 falls outside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains"); no secrets.
-`grain.experimental.index_shuffle` is built alike, but Grain 0.2.18 sends two of the indices 0 .. 4**k (k >= 8)
+`grain.experimental.index_shuffle` is built alike, but Grain 0.2.18 sends two of the indices 0 .. 4**k (k > 7)
 to one place, and walks through 2**16 values for small sizes.
 """
 
