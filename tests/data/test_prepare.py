@@ -92,8 +92,14 @@ def test_a_second_start_reads_no_document(tmp_path, monkeypatch):
     prepared(
         DataConfig(path=(str(corpus),), vocab_size=300, sequence_length=8, weights=(1,)), tmp_path / "cache"
     )
-    with pytest.raises(pytest.fail.Exception, match="read again"):
-        prepared(DataConfig(path=(str(corpus),), vocab_size=301), tmp_path / "cache")
+    for change in (
+        {"vocab_size": 301},
+        {"tokenizer": "byte"},
+        {"validation_fraction": 0.06},
+        {"text_field": "body"},
+    ):
+        with pytest.raises(pytest.fail.Exception, match="read again"):
+            prepared(DataConfig(**{"path": (str(corpus),), "vocab_size": 300, **change}), tmp_path / "cache")
     (corpus / "000.txt").write_text("changed")
     with pytest.raises(pytest.fail.Exception, match="read again"):
         prepared(config, tmp_path / "cache")
