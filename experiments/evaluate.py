@@ -53,7 +53,7 @@ def run(config: Config) -> None:
 
     from jaxlm.core.json_files import write_json
     from jaxlm.data.pipeline import eval_batches
-    from jaxlm.data.prepare import text_store
+    from jaxlm.data.prepare import DataConfig, prepare_evaluation
     from jaxlm.data.tokenizers import token_byte_lengths
     from jaxlm.evals import likelihood, make_sums
     from jaxlm.objectives import CausalLM
@@ -61,7 +61,8 @@ def run(config: Config) -> None:
 
     found = load_run(config.checkpoint, step=config.step)
     length = config.sequence_length or found.meta["config"]["data"]["sequence_length"]
-    store = text_store(config.data.path, found.tokenizer, text_field=config.data.text_field)
+    text = DataConfig(path=config.data.path, text_field=config.data.text_field)
+    store = prepare_evaluation(text, found.tokenizer)
     lengths = token_byte_lengths(found.tokenizer)
     lengths = np.pad(lengths, (0, found.model.config.vocab_size - len(lengths)))
     sums = jax.jit(make_sums(CausalLM(found.model), lengths))
