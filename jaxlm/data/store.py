@@ -356,6 +356,7 @@ def _bar(total: int | None) -> Iterator[Callable[[int], None]]:
     columns = (
         TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokenizing", total=total)
         yield lambda size: progress.advance(task, size)
