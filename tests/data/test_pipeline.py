@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from toy_tokenizers import GreedyTokenizer
 
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.data.mixture import Schedule
@@ -13,6 +12,7 @@ from jaxlm.data.packing import count_rows, read_rows
 from jaxlm.data.pipeline import BatchSource, eval_batches, make_train_iterator
 from jaxlm.data.sources import Document
 from jaxlm.data.store import build_store
+from jaxlm.testing.tokenizers import GreedyTokenizer
 
 LENGTH, BATCH = 16, 8
 

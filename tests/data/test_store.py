@@ -6,13 +6,13 @@ import pickle
 import numpy as np
 import pytest
 import rich.progress
-from toy_tokenizers import DigitGroupTokenizer, GreedyTokenizer
 
 from jaxlm.core.errors import DataError
 from jaxlm.data import store as store_module
 from jaxlm.data.sources import Document
 from jaxlm.data.store import build_store, open_store
 from jaxlm.data.tokenizers import ByteTokenizer
+from jaxlm.testing.tokenizers import DigitGroupTokenizer, GreedyTokenizer
 
 
 def corpus(name, count, words=7):

@@ -14,7 +14,6 @@ import sentencepiece
 import tokenizers as hf
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from toy_tokenizers import DigitGroupTokenizer, GreedyTokenizer
 
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.data.tokenizers import (
@@ -25,6 +24,7 @@ from jaxlm.data.tokenizers import (
     token_byte_lengths,
     train_sentencepiece,
 )
+from jaxlm.testing.tokenizers import DigitGroupTokenizer, GreedyTokenizer
 
 CORPUS = [
     "def read(path):\n    with open(path) as file:\n        return file.read()\n        # done\n\n\n",
