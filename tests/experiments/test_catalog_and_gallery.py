@@ -106,7 +106,7 @@ def test_help(capsys):
 
 def test_list_and_the_package_import_nothing_heavy():
     program = (
-        "import sys, jaxlm, jaxlm.reporting, jaxlm.training.run_log, experiments.runner\n"
+        "import sys, jaxlm, jaxlm.reporting, experiments.runner\n"
         "from experiments.__main__ import main\n"
         "assert main(['list']) == 0\n"
         "heavy = {'jax', 'numpy', 'matplotlib', 'tensorboardX', 'tyro', 'rich', 'flax', 'optax'}\n"
