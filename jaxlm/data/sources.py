@@ -308,9 +308,7 @@ def _pyarrow(file: Path) -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise ConfigError(
-            f"reading {file} needs the package 'pyarrow': pip install 'jaxlm[parquet]'"
-        ) from error
+        raise ConfigError(f"reading {file} needs the package 'pyarrow': pip install 'jaxlm[parquet]'") from error
     import pyarrow.ipc
 
     return pyarrow

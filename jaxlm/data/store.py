@@ -21,6 +21,7 @@ import numpy as np
 from jaxlm.core.configs import differences, fingerprint
 from jaxlm.core.errors import DataError, nearest
 from jaxlm.data.cache import atomic_folder
+from jaxlm.data.permutation import permutation_key, permuted
 from jaxlm.data.sources import Document
 from jaxlm.data.tokenizers.protocol import Tokenizer, utf8
 
@@ -178,15 +179,6 @@ def open_store(folder: str | Path, tokenizer: Tokenizer | None = None) -> TokenS
     return TokenStore(folder, manifest)
 
 
-def permutation(size: int, *key: int) -> np.ndarray:
-    """int64 `[size]`: a permutation that depends on the numbers in `key` (one or two) alone.
-
-    NumPy may change the streams of its generators between versions, but not the raw bits of Philox.
-    """
-    words = np.array([k & (2**64 - 1) for k in (*key, 0)][:2], dtype=np.uint64)
-    return np.argsort(np.random.Philox(key=words).random_raw(size), kind="stable")
-
-
 def _reuse(
     folder: Path, sources: Mapping[str, Iterable[Document]], settings: Mapping[str, Any]
 ) -> TokenStore:
@@ -228,7 +220,7 @@ def _write(
                 lengths, sizes = _encode(documents, tokenizer, settings, dtype, digest, raw, advance)
             if not len(lengths):
                 raise DataError(f"the source '{name}' is empty: {digest.count} documents, nothing to predict")
-            order = permutation(len(lengths), settings["seed"], index)
+            order = permuted(np.arange(len(lengths)), len(lengths), permutation_key(settings["seed"], index))
             _permute(arrival, dtype, lengths, order, out, content)
             all_lengths.append(lengths[order])
             all_bytes.append(sizes[order])
@@ -364,6 +356,7 @@ def _bar(total: int | None) -> Iterator[Callable[[int], None]]:
     columns = (
         TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokenizing", total=total)
         yield lambda size: progress.advance(task, size)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.core.precision import Precision
 from jaxlm.core.sharding import constrain
 from jaxlm.layers.params import Initializer, weight
-from jaxlm.weights import matmul, matmul_transposed, take
+from jaxlm.weights import Weight, matmul, matmul_transposed, take
 
 
 class Embedding(nn.Module):
@@ -25,7 +25,11 @@ class Embedding(nn.Module):
         self.table = weight(self, "table", shape, self.axes, self.kernel_init, self.precision.param_dtype)
 
     def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
-        x = take(self.table, ids).astype(self.precision.activation_dtype)
+        table = self.table
+        if not isinstance(table, Weight):
+            # Gathered over its features once; otherwise each looked-up row would be.
+            table = constrain(table, self.axes[0], None)
+        x = take(table, ids).astype(self.precision.activation_dtype)
         if self.scale is not None:
             x = x * jnp.asarray(self.scale, self.table.dtype).astype(x.dtype)
         return constrain(x, "batch", "length", "act_embed")

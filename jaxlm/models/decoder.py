@@ -33,6 +33,7 @@ from jaxlm.layers.mlp import MLP
 from jaxlm.layers.norms import LayerNorm, RMSNorm
 from jaxlm.models import blocks
 from jaxlm.models.config import DecoderConfig, LayerKind
+from jaxlm.weights import Weight
 
 Params = Mapping[str, Any]
 
@@ -150,8 +151,18 @@ class Decoder:
         return hidden
 
     def head_params(self, params: Params) -> dict[str, Any]:
-        """The part of the parameters that `head` reads; `head` takes it in place of the whole."""
-        return {name: params[name] for name in ("final_norm", "embedding" if self.config.tie_embeddings else "head")}
+        """The part of the parameters that `head` reads; `head` takes it in place of the whole.
+
+        Sharded weights are gathered over their features here, once, and not again by every chunk of tokens.
+        """
+        found = {"final_norm": params["final_norm"]}
+        if self.config.tie_embeddings:
+            table = params["embedding"]["table"]
+            found["embedding"] = {"table": table if isinstance(table, Weight) else constrain(table, "vocab", None)}
+        else:
+            kernel = params["head"]["kernel"]
+            found["head"] = {"kernel": kernel if isinstance(kernel, Weight) else constrain(kernel, None, "vocab")}
+        return found
 
     def head(self, params: Params, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
         """Float32 logits: final norm, projection, soft cap."""

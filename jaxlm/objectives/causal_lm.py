@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.sharding import constrain
 from jaxlm.objectives.base import Aux, Batch, StepContext
+
+_CHUNK_BYTES = 64 << 20
 
 Head = Callable[[Any, Float[Array, "batch length embed"]], Float[Array, "batch length vocab"]]
 
@@ -109,8 +112,12 @@ def token_loss_sums(
 
 
 def _default_chunk(batch: int, length: int, vocab_size: int) -> int:
-    rows = max(1, (64 << 20) // (4 * vocab_size * batch))
-    return length if rows >= length else max(1, length // -(-length // rows))
+    """As much of each row as keeps a chunk's float32 logits below `_CHUNK_BYTES` on a device."""
+    rows = batch / (sharding.axis_size("data") * sharding.axis_size("fsdp"))
+    columns = vocab_size / sharding.axis_size("tensor")
+    fitting = max(1, int(_CHUNK_BYTES / (4 * max(rows, 1) * columns)))
+    chunks = -(-length // fitting)
+    return -(-length // chunks)
 
 
 def _cut(x: Array, chunk_length: int) -> Array:

@@ -3,6 +3,7 @@
 What each parameter is for is read by `jaxlm.optim.roles`.
 """
 
+from jaxlm.optim.config import OptimizerConfig
 from jaxlm.optim.learning_rate import FromHparams, LearningRate, scale_by_learning_rate
 from jaxlm.optim.optimizers import DECAYED_ROLES, adamw, muon
 from jaxlm.optim.schedules import Schedule, rewarm, warmup_stable_decay
@@ -11,6 +12,7 @@ __all__ = [
     "DECAYED_ROLES",
     "FromHparams",
     "LearningRate",
+    "OptimizerConfig",
     "Schedule",
     "adamw",
     "muon",

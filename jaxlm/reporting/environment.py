@@ -38,9 +38,7 @@ def small_print(facts: dict[str, str], command: str = "") -> str:
     """One or two lines that say how a figure was made."""
     made = [command] if command else []
     made.append(f"commit {facts['commit']}" if facts.get("commit", "unknown") != "unknown" else "")
-    made.append(
-        " ".join(f"{name} {facts[name]}" for name in ("jaxlm", "jax", "flax", "optax") if name in facts)
-    )
+    made.append(" ".join(f"{name} {facts[name]}" for name in ("jaxlm", "jax", "flax", "optax") if name in facts))
     made.append(f"{facts.get('devices') or facts.get('cpu', '')}, {facts.get('cores', '?')} cores")
     made.append(facts.get("date", ""))
     return " · ".join(part for part in made if part)

@@ -147,61 +147,92 @@ def _draw(figure: Figure, size: tuple[float, float], kind: str, small_print: str
 
 
 def _fitted(figure: Figure, letters: int) -> Figure:
-    """The figure with its texts printable and broken into lines that fit."""
+    """The figure with its texts printable and in lines that fit, and without values that cannot be drawn."""
 
     def fit(text: str, width: int = letters) -> str:
         return "\n".join(textwrap.wrap(printable(text), width))
 
-    series = []
+    def drawable(value: float, scale: str) -> bool:
+        return math.isfinite(value) and (value > 0 or scale == "linear")
+
+    series, scale = [], figure.y_scale
+    if not any(drawable(value, scale) for line in figure.series for value in line.y):
+        scale = "linear"
     for line in figure.series:
         x = tuple(printable(value) if isinstance(value, str) else value for value in line.x)
-        series.append(dataclasses.replace(line, name=fit(line.name, letters - 8), x=x))
+        y = tuple(value if drawable(value, scale) else math.nan for value in line.y)  # a gap in a line
+        if line.style == "bars":
+            y = tuple(0.0 if value != value else value for value in y)
+        series.append(dataclasses.replace(line, name=fit(line.name, letters - 8), x=x, y=y))
     labels = {"x_label": fit(figure.x_label), "y_label": fit(figure.y_label, 36)}
-    return dataclasses.replace(figure, series=tuple(series), **labels)
+    return dataclasses.replace(figure, series=tuple(series), y_scale=scale, **labels)
 
 
 def _plot(axes, figure: Figure, letters: int) -> None:
-    bars = [line for line in figure.series if line.style == "bars"]
-    names = list(dict.fromkeys(str(x) for line in bars for x in line.x))
+    bars = figure.series[0].style == "bars"
+    across = _plot_bars(axes, figure, letters) if bars else _plot_lines(axes, figure)
+    axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
+    if across:
+        axes.set(xlabel=figure.y_label, ylabel=figure.x_label)
+    axes.grid(axis="x" if across else "y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "bottom" if across else "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(which="both", length=0)
+    if len(figure.series) > 1 or figure.series[0].name not in ("", figure.y_label):
+        longest = max(len(part) for line in figure.series for part in line.name.splitlines() or [""])
+        columns = max(1, min(len(figure.series), 4, letters // (longest + 6)))
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
+        axes.legend(frameon=False, ncols=columns, fontsize=8.5, **place)
+
+
+def _plot_lines(axes, figure: Figure) -> bool:
     color = 0
     for i, line in enumerate(figure.series):
-        tint = COLORS[color % len(COLORS)]
-        if line.style == "bars":
-            width = 0.8 / len(bars)
-            offset = (bars.index(line) - (len(bars) - 1) / 2) * width
-            at = [names.index(str(x)) + offset for x in line.x]
-            axes.bar(at, line.y, width * 0.94, label=line.name, color=tint)
-        elif line.style == "faint":
-            axes.plot(line.x, line.y, label=line.name, color=tint, alpha=0.3, linewidth=0.8)
-            continue  # the line it belongs to follows and has the same color
-        elif line.style == "points":
-            marker = MARKERS[i % len(MARKERS)]
-            axes.plot(line.x, line.y, label=line.name, color=tint, marker=marker, markersize=4.5, linewidth=1)
+        look = {"label": line.name, "color": COLORS[color % len(COLORS)], "linewidth": 1.6}
+        if line.style == "points":
+            look |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linewidth": 1}
+        if line.style == "faint":
+            look |= {"alpha": 0.3, "linewidth": 0.8}
         else:
-            axes.plot(line.x, line.y, label=line.name, color=tint, linewidth=1.6)
-        color += 1
-    axes.set_yscale(figure.y_scale)
-    if bars:
-        each = max(letters // len(names) - 2, 6)
-        axes.set_xticks(range(len(names)), [textwrap.fill(name, each) for name in names])
-    else:
-        axes.set_xscale(figure.x_scale)
-        axes.margins(x=0.02)
-    axes.set_xlabel(figure.x_label)
-    axes.set_ylabel(figure.y_label)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(length=0)
-    if len(figure.series) > 1 or (figure.series and figure.series[0].name not in ("", figure.y_label)):
-        longest = max(len(line.name) for line in figure.series)
-        columns = max(1, min(len(figure.series), 4, letters // (longest + 6)))
-        axes.legend(
-            frameon=False,
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=columns,
-            borderaxespad=0,
-            fontsize=8.5,
-        )
+            color += 1  # the line that belongs to a faint one follows, and has its color
+        axes.plot(line.x, line.y, **look)
+    axes.margins(x=0.02)
+    _scale(axes, "x", figure.x_scale)
+    _scale(axes, "y", figure.y_scale)
+    return False
+
+
+def _plot_bars(axes, figure: Figure, letters: int) -> bool:
+    """Bars beside each other, upright if their names have room there. Returns whether they lie across."""
+    names = list(dict.fromkeys(str(x) for line in figure.series for x in line.x))
+    room = letters // len(names) - 2
+    across = any(len(word) > room for name in names for word in name.split())
+    draw = axes.barh if across else axes.bar
+    width = 0.8 / len(figure.series)
+    for i, line in enumerate(figure.series):
+        offset = (i - (len(figure.series) - 1) / 2) * width
+        at = [names.index(str(x)) + offset for x in line.x]
+        draw(at, line.y, width * 0.92, label=line.name, color=COLORS[i % len(COLORS)])
+    wrapped = [textwrap.fill(name, letters // 2 if across else room) for name in names]
+    (axes.set_yticks if across else axes.set_xticks)(range(len(names)), wrapped)
+    if across:
+        axes.invert_yaxis()
+    _scale(axes, "x" if across else "y", figure.y_scale)
+    return across
+
+
+def _scale(axes, axis: str, scale: str) -> None:
+    """Sets the scale; a logarithmic one has plain numbers, at 1, 2 and 5 or more densely if it is short."""
+    if scale == "linear":
+        return
+    from matplotlib import ticker
+
+    getattr(axes, f"set_{axis}scale")("log")
+    low, high = sorted(getattr(axes, f"get_{axis}lim")())
+    decades = math.log10(high / low)
+    steps = (1,) if decades > 4 else (1, 2, 5) if decades > 1 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    ticks = getattr(axes, f"{axis}axis")
+    ticks.set_major_locator(ticker.LogLocator(subs=steps, numticks=12))
+    ticks.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    ticks.set_minor_locator(ticker.NullLocator())

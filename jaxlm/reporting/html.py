@@ -74,8 +74,7 @@ def _header(report: Report) -> str:
 
 def _numbers(numbers: Mapping[str, Cell]) -> str:
     tiles = "".join(
-        f"<div><dt>{_text(name)}</dt><dd>{_text(format_cell(value))}</dd></div>"
-        for name, value in numbers.items()
+        f"<div><dt>{_text(name)}</dt><dd>{_text(format_cell(value))}</dd></div>" for name, value in numbers.items()
     )
     return f'<dl class="numbers">{tiles}</dl>' if tiles else ""
 
@@ -128,13 +127,9 @@ def _table(table: Table) -> str:
         for i in range(len(table.columns))
     ]
     kind = [' class="number"' if flag else "" for flag in numeric]
-    head = "".join(
-        f'<th scope="col"{k}>{_text(name)}</th>' for name, k in zip(table.columns, kind, strict=True)
-    )
+    head = "".join(f'<th scope="col"{k}>{_text(name)}</th>' for name, k in zip(table.columns, kind, strict=True))
     rows = "".join(
-        "<tr>"
-        + "".join(f"<td{k}>{_text(format_cell(c))}</td>" for c, k in zip(row, kind, strict=True))
-        + "</tr>"
+        "<tr>" + "".join(f"<td{k}>{_text(format_cell(c))}</td>" for c, k in zip(row, kind, strict=True)) + "</tr>"
         for row in table.rows
     )
     caption = f"<p>{_text(table.caption)}</p>" if table.caption else ""

@@ -31,9 +31,7 @@ class Claim:
     note: str = ""
 
     def __post_init__(self):
-        _set(
-            self, paper_value=number(self.paper_value), measured=number(self.measured), holds=bool(self.holds)
-        )
+        _set(self, paper_value=number(self.paper_value), measured=number(self.measured), holds=bool(self.holds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +87,9 @@ class Figure:
         _set(self, series=tuple(self.series))
         for name in ("x_scale", "y_scale"):
             if getattr(self, name) not in SCALES:
-                raise ConfigError(
-                    f"figure '{self.title}': {name} is '{getattr(self, name)}', expected one of {SCALES}"
-                )
+                raise ConfigError(f"figure '{self.title}': {name} is '{getattr(self, name)}', expected one of {SCALES}")
+        if len({line.style == "bars" for line in self.series}) == 2:
+            raise ConfigError(f"figure '{self.title}': bars and lines do not go into one figure")
         if bool(self.series) == bool(self.image):
             raise ConfigError(f"figure '{self.title}': give either series or an image")
 

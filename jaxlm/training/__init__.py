@@ -1,14 +1,23 @@
 """Training: state, step, loop, checkpoints."""
 
+from jaxlm.training.callbacks import Evaluate, Log, Profile, Save
 from jaxlm.training.checkpoints import Checkpoints, Restored, load_meta, load_params
 from jaxlm.training.loop import Callback, Interrupted, fit
+from jaxlm.training.program import Program
+from jaxlm.training.runs import Run, load_run
 from jaxlm.training.state import TrainState, init_state, state_shardings
 from jaxlm.training.step import Gradients, accumulate, make_step
 
 __all__ = [
     "Callback",
     "Checkpoints",
+    "Evaluate",
     "Gradients",
+    "Log",
+    "Profile",
+    "Program",
+    "Run",
+    "Save",
     "Interrupted",
     "Restored",
     "TrainState",
@@ -17,6 +26,7 @@ __all__ = [
     "init_state",
     "load_meta",
     "load_params",
+    "load_run",
     "make_step",
     "state_shardings",
 ]

@@ -33,7 +33,7 @@ class Callback(Protocol):
         """The state after `step` steps. It must not be kept: its buffers are donated to the next step."""
 
 
-class Interrupted(BaseException):
+class Interrupted(KeyboardInterrupt):
     """Raised by `fit` after a signal, once the state was handed to the callbacks. `signum` says which signal."""
 
     def __init__(self, signum: int, step: int):

@@ -53,9 +53,7 @@ class Progress:
                 console=self.console,
                 expand=True,
             )
-            self._task = self._bar.add_task(
-                self.name, total=self.total_steps, completed=self.start_step, details=""
-            )
+            self._task = self._bar.add_task(self.name, total=self.total_steps, completed=self.start_step, details="")
             self._bar.start()
         return self
 

@@ -6,7 +6,6 @@ import pytest
 from grain.experimental import BestFitPackIterDataset, ConcatThenSplitIterDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_tokenizers import GreedyTokenizer
 
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.data.packing import (
@@ -22,6 +21,7 @@ from jaxlm.data.packing import (
 from jaxlm.data.sources import Document
 from jaxlm.data.store import build_store
 from jaxlm.data.tokenizers import ByteTokenizer
+from jaxlm.testing.tokenizers import GreedyTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -71,9 +71,7 @@ def test_names_do_not_depend_on_where_the_corpus_lies(tmp_path):
         (tmp_path / place / "part").mkdir(parents=True)
         (tmp_path / place / "part" / "x.txt").write_text("x")
     for pattern in ("{}", "{}/**/*.txt", "{}/*/x.txt"):
-        here, there = (
-            [d.name for d in read_documents(tmp_path / pattern.format(p))] for p in ("here", "there/deeper")
-        )
+        here, there = ([d.name for d in read_documents(tmp_path / pattern.format(p))] for p in ("here", "there/deeper"))
         assert here == there == ["part/x.txt"]
     assert [d.name for d in read_documents(tmp_path / "here/part/x.txt")] == ["x.txt"]
 
@@ -157,14 +155,10 @@ def test_paths_without_documents(tmp_path):
 def test_packages_that_are_not_there_are_named(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(
-        ConfigError, match=r"a\.parquet needs the package 'pyarrow': pip install 'jaxlm\[parquet\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"a\.parquet needs the package 'pyarrow': pip install 'jaxlm\[parquet\]'"):
         list(read_documents(tmp_path / "a.parquet"))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        ConfigError, match=r"'some/name' needs the package 'datasets': pip install 'jaxlm\[hf\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"'some/name' needs the package 'datasets': pip install 'jaxlm\[hf\]'"):
         next(huggingface_documents("some/name"))
 
 

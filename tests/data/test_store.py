@@ -6,13 +6,13 @@ import pickle
 import numpy as np
 import pytest
 import rich.progress
-from toy_tokenizers import DigitGroupTokenizer, GreedyTokenizer
 
 from jaxlm.core.errors import DataError
 from jaxlm.data import store as store_module
 from jaxlm.data.sources import Document
-from jaxlm.data.store import build_store, open_store, permutation
+from jaxlm.data.store import build_store, open_store
 from jaxlm.data.tokenizers import ByteTokenizer
+from jaxlm.testing.tokenizers import DigitGroupTokenizer, GreedyTokenizer
 
 
 def corpus(name, count, words=7):
@@ -180,12 +180,3 @@ def test_progress_counts_bytes(tmp_path, monkeypatch):
     total = sum(len(d.text.encode()) for documents in sources().values() for d in documents)
     build(tmp_path / "s", progress=True, total_bytes=total)
     assert sum(steps) == total
-
-
-def test_permutations_are_uniform_and_fixed():
-    assert sorted(permutation(1000, 1, 2)) == list(range(1000))
-    # Stores and rows follow these orders; a change of them would silently change every run.
-    assert permutation(8, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-    assert permutation(8, -1, 5).tolist() == [0, 2, 1, 5, 7, 6, 4, 3]
-    firsts = np.bincount([permutation(5, seed)[0] for seed in range(5000)], minlength=5)
-    assert np.abs(firsts - 1000).max() < 120

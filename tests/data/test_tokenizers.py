@@ -14,7 +14,6 @@ import sentencepiece
 import tokenizers as hf
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from toy_tokenizers import DigitGroupTokenizer, GreedyTokenizer
 
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.data.tokenizers import (
@@ -25,6 +24,7 @@ from jaxlm.data.tokenizers import (
     token_byte_lengths,
     train_sentencepiece,
 )
+from jaxlm.testing.tokenizers import DigitGroupTokenizer, GreedyTokenizer
 
 CORPUS = [
     "def read(path):\n    with open(path) as file:\n        return file.read()\n        # done\n\n\n",
@@ -71,9 +71,7 @@ def byte_fallback_definition(prepend=False):
     ]
     engine = hf.Tokenizer(hf.models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     replace = hf.normalizers.Replace(" ", "▁")
-    engine.normalizer = (
-        hf.normalizers.Sequence([hf.normalizers.Prepend("▁"), replace]) if prepend else replace
-    )
+    engine.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("▁"), replace]) if prepend else replace
     engine.decoder = hf.decoders.Sequence(
         [hf.decoders.Replace("▁", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse()]
     )
@@ -104,9 +102,7 @@ HARD = [
     "a\u2028b\u00a0c", "\ufffd",
 ]  # fmt: skip
 texts = st.text() | st.text(alphabet=" \n\t\r<s>/0xA▁é1a") | st.sampled_from(HARD)
-anything = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+anything = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @anything
@@ -193,10 +189,7 @@ def test_fingerprints_differ():
     assert len({make().fingerprint for make in MEMBERS.values()}) == len(MEMBERS)
     definition = byte_level_definition()
     plain = HuggingFaceTokenizer(definition)
-    assert (
-        plain.fingerprint
-        != HuggingFaceTokenizer(definition, bos="<|im_start|>", eos="<|im_start|>").fingerprint
-    )
+    assert plain.fingerprint != HuggingFaceTokenizer(definition, bos="<|im_start|>", eos="<|im_start|>").fingerprint
 
 
 # SentencePiece
@@ -205,9 +198,7 @@ def test_fingerprints_differ():
 def test_training_is_cached_by_its_inputs(tmp_path, monkeypatch):
     first = train_sentencepiece(CORPUS, 330, cache=tmp_path)
     assert first.vocab_size == 330
-    assert first.encode(CORPUS[0]) == train_sentencepiece(CORPUS, 330, cache=tmp_path / "other").encode(
-        CORPUS[0]
-    )
+    assert first.encode(CORPUS[0]) == train_sentencepiece(CORPUS, 330, cache=tmp_path / "other").encode(CORPUS[0])
     monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "Train", lambda **_: pytest.fail("trained again"))
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path))
     assert train_sentencepiece(iter(CORPUS), 330).fingerprint == first.fingerprint
@@ -315,9 +306,7 @@ def test_hugging_face_roles(tmp_path):
     assert tokenizer.special_ids["pad"] == end != start
     (tmp_path / "tokenizer.json").write_text(definition)
     (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(
-            {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|endoftext|>", "pad_token": None}
-        )
+        json.dumps({"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|endoftext|>", "pad_token": None})
     )
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         assert load_tokenizer(path).special_ids == {"bos": start, "eos": end, "pad": end}

@@ -9,13 +9,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import golden
 import numpy as np
 import torch
 import transformers
 
 from jaxlm.core import trees
 from jaxlm.models import DecoderConfig
+from tests.models import golden
 
 Params = Mapping[str, Any]
 

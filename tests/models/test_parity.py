@@ -2,13 +2,13 @@
 
 import dataclasses
 
-import golden
 import jax
 import numpy as np
 import pytest
 
 from jaxlm.models import Decoder
 from jaxlm.testing import FAMILIES
+from tests.models import golden
 
 LOGITS, META = golden.load()
 

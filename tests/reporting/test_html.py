@@ -54,9 +54,7 @@ def hostile_report():
         claims=(Claim(h, h, h, True, h), Claim("second", 1.0, 2.0, False, "tried")),
         tables=(Table(h, (h, "n"), ((h, 1.25), (h, None)), h),),
         figures=(
-            Figure(
-                h, (Series(h, (1, 2), (1.0, 2.0)), Series("b", (1, 2), (2.0, 1.0), "points")), h, h, caption=h
-            ),
+            Figure(h, (Series(h, (1, 2), (1.0, 2.0)), Series("b", (1, 2), (2.0, 1.0), "points")), h, h, caption=h),
             Figure("bars", (Series("s", (h, "b"), (1.0, 2.0), "bars"),)),
         ),
         samples=(Sample(h, h, h),),
@@ -105,9 +103,7 @@ def test_ids_on_a_page_are_unique_and_every_reference_has_its_target():
 
 def test_images_are_embedded_and_a_missing_one_is_said(tmp_path):
     figures.save_png(Figure("f", (Series("s", (1, 2), (1.0, 2.0)),)), tmp_path / "figures" / "f.png", "small")
-    found = Report(
-        "t", figures=(Figure("one", image="figures/f.png"), Figure("two", image="figures/gone.png"))
-    )
+    found = Report("t", figures=(Figure("one", image="figures/f.png"), Figure("two", image="figures/gone.png")))
     reader = Reader(page_module.page(found, tmp_path))
     assert sum(str(value).startswith("data:image/png;base64,") for _, value in reader.attributes) == 1
     assert "gone.png is missing" in reader.text
@@ -145,6 +141,38 @@ def test_drawings_take_their_colors_from_the_page():
     style = page_module.Path(page_module.__file__).parent.joinpath("style.css").read_text()
     for variable in figures.PAGE_VARIABLES.values():
         assert style.count(f"{variable[4:-1]}:") == 2, variable  # once for light, once for dark
+
+
+def texts(drawn):
+    return [part.split("</text>")[0].split(">")[-1] for part in drawn.split("<text")[1:]]
+
+
+def test_logarithmic_axes_have_plain_numbers():
+    lines = (Series("s", (1, 10, 100), (1.5, 2.5, 4.5)),)
+    found = texts(figures.svg(Figure("f", lines, x_scale="log", y_scale="log"), 7, 3))
+    assert {"1", "2", "5", "10", "20", "50", "100"} <= set(found)
+    assert {"1.5", "2.5", "3", "4"} <= set(found)
+    assert not any("$" in text or "^" in text for text in found)
+
+
+def test_bars_lie_across_where_their_names_have_no_room_upright():
+    names = tuple(f"configuration {i}" for i in range(9))
+    figure = Figure("f", (Series("s", names, tuple(map(float, range(9))), "bars"),), "arm", "perplexity")
+    upright, across = figures.svg(figure, 11, 3), figures.svg(figure, 3.7, 3)
+    wide, narrow = texts(upright), texts(across)
+    assert "configuration 3" in narrow
+    assert "configuration 3" not in wide  # two lines
+    turned = [texts("<text" + part)[0] for part in across.split("<text")[1:] if "rotate(-90" in part]
+    assert turned == ["arm"]  # the names are on the vertical axis now
+    assert "perplexity" in narrow
+
+
+@pytest.mark.parametrize("y", [(float("nan"),) * 2, (0.0, -1.0), (2.0, 2.0), (1e-9, 1e9), (float("inf"), 1.0)])
+@pytest.mark.parametrize("scale", ["linear", "log"])
+@pytest.mark.parametrize("style", ["line", "bars"])
+@pytest.mark.filterwarnings("error")
+def test_no_values_can_stop_a_report(y, scale, style):
+    figures.svg(Figure("f", (Series("s", (1, 2), y, style),), y_scale=scale), 4, 3)
 
 
 def test_the_same_figure_is_drawn_the_same():

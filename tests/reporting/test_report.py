@@ -22,9 +22,7 @@ def full_report():
         ],
         tables=[Table("T", ["a", "b"], [[1, 2.5], ["x", None], [True, math.inf]], "caption")],
         figures=[
-            Figure(
-                "lines", [Series("s", np.arange(3), np.array([1.0, 2.0, 3.0]))], "step", "loss", y_scale="log"
-            ),
+            Figure("lines", [Series("s", np.arange(3), np.array([1.0, 2.0, 3.0]))], "step", "loss", y_scale="log"),
             Figure("bars", [Series("s", ("a", "b"), (1.0, 2.0), "bars")]),
             Figure("image", image="figures/x.png"),
         ],
@@ -59,6 +57,10 @@ def test_nan_survives_in_strict_json(tmp_path):
         (lambda: Table("T", ("a", "b"), ((1,),)), "table 'T' row 0 has 1 cells, expected 2"),
         (lambda: Series("s", (1, 2), (1,)), "series 's' has 2 x but 1 y"),
         (lambda: Series("s", (1,), (1,), "dots"), "style is 'dots'"),
+        (
+            lambda: Figure("f", (Series("s", (1,), (1,)), Series("t", (1,), (1,), "bars"))),
+            "figure 'f': bars and lines do not go into one figure",
+        ),
         (lambda: Figure("f"), "figure 'f': give either series or an image"),
         (lambda: Figure("f", (Series("s", (1,), (1,)),), y_scale="logarithmic"), "y_scale is 'logarithmic'"),
     ],

@@ -126,9 +126,7 @@ def test_a_killed_process_loses_nothing_it_logged(tmp_path):
 def small_disk():
     """From the call on, no file of this process grows beyond `limit` bytes: writes fall short, then fail."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda limit: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (limit if limit is not None else soft, hard)
-    )
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit if limit is not None else soft, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
@@ -142,9 +140,7 @@ def test_a_full_disk_warns_once_and_loses_whole_lines_only(tmp_path, small_disk)
         small_disk(None)
         log.log(50, {"train/loss": 2.0})
     log.close()
-    assert [str(w.message) for w in caught if "training goes on" in str(w.message)] == [
-        str(caught[0].message)
-    ]
+    assert [str(w.message) for w in caught if "training goes on" in str(w.message)] == [str(caught[0].message)]
     steps, _ = series(read_metrics(tmp_path), "train/loss")
     kept = len(steps) - 1
     assert steps == [*range(kept), 50]
@@ -172,9 +168,7 @@ def test_tensorboard_events(tmp_path):
     with RunLog(tmp_path, start_step=1) as log:
         log.log(1, {"train/loss": 1.25})
     events = read_events(tmp_path)
-    scalars = [
-        (e.step, v.tag, v.simple_value) for e in events for v in e.summary.value if v.tag == "train/loss"
-    ]
+    scalars = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value if v.tag == "train/loss"]
     assert scalars == [(0, "train/loss", 2.5), (1, "train/loss", 1.5), (1, "train/loss", 1.25)]
     assert [e.file_version for e in events if e.file_version] == ["brain.Event:2"] * 2
     starts = [e.step for e in events if e.session_log.status == e.session_log.START]

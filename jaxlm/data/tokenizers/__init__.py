@@ -40,6 +40,5 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.suffix == ".model" and path.is_file():
         return SentencePieceTokenizer(path.read_bytes())
     raise ConfigError(
-        f"no tokenizer at {path}: expected a folder with {SETTINGS_FILE} or tokenizer.json, "
-        "a .json or a .model file"
+        f"no tokenizer at {path}: expected a folder with {SETTINGS_FILE} or tokenizer.json, a .json or a .model file"
     )

@@ -49,9 +49,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     kind = "hugging_face"
 
-    def __init__(
-        self, definition: str, *, bos: str | None = None, eos: str | None = None, pad: str | None = None
-    ):
+    def __init__(self, definition: str, *, bos: str | None = None, eos: str | None = None, pad: str | None = None):
         import tokenizers
 
         try:

@@ -1,4 +1,4 @@
-"""Two tokenizers that implement only what the protocol asks of a member."""
+"""Two tokenizers that implement only what the protocol asks of a member: greedy longest match, groups of digits."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,93 @@
+"""A model, an objective and an optimizer on a mesh: how their state is created, placed, and stepped."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxlm.core import sharding
+from jaxlm.core.errors import ConfigError
+from jaxlm.core.keys import fold
+from jaxlm.objectives.base import Objective
+from jaxlm.training.state import TrainState, init_state, state_shardings
+from jaxlm.training.step import Metrics, accumulate, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Training all parameters of one model on a mesh. Nothing is compiled or allocated until it is called.
+
+    `model` needs `init(key) -> {"params": ...}`, `axes()`, `abstract_params()` and `config.sharding_rules(mesh)`.
+    """
+
+    model: Any
+    objective: Objective
+    tx: optax.GradientTransformation
+    mesh: Mesh
+    micro_batches: int = 1
+
+    @functools.cached_property
+    def rules(self) -> Mapping[str, Any]:
+        return self.model.config.sharding_rules(self.mesh)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """The state's shapes, with the shardings it has on the mesh: what a checkpoint is restored to."""
+        shapes = jax.eval_shape(self._fresh, jax.random.key(0))
+        params = self.model.abstract_params()
+        placed = sharding.shardings(self.mesh, self.model.axes(), params, self.rules)
+        places = state_shardings(self.mesh, shapes, placed)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+    @functools.cached_property
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
+    def init(self, seed: int) -> TrainState:
+        """The state before the first step, created in place on the mesh; the same bits on every mesh."""
+        with sharding.use_mesh(self.mesh, self.rules):
+            return jax.jit(self._fresh, out_shardings=self.shardings)(jax.random.key(seed))
+
+    @functools.cached_property
+    def step(self) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+        """The compiled step; it donates the state it is given."""
+        gradients = functools.partial(accumulate, micro_batches=self.micro_batches)
+        step = make_step(self.objective, self.tx, gradients=gradients)
+        return self.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def jit(self, function: Callable, **options: Any) -> Callable:
+        """`jax.jit(function)`, traced, lowered and run with this program's mesh and rules ambient."""
+        jitted = jax.jit(function, **options)
+
+        def on_mesh(method: Callable) -> Callable:
+            def call(*args: Any) -> Any:
+                with sharding.use_mesh(self.mesh, self.rules):
+                    return method(*args)
+
+            return call
+
+        call = functools.wraps(function)(on_mesh(jitted))
+        call.trace, call.lower = on_mesh(jitted.trace), on_mesh(jitted.lower)
+        return call
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows of a batch, on the mesh."""
+        return sharding.shard_batch(self.mesh, batch)
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raises `ConfigError` unless a batch of so many rows can be cut over the mesh and into micro-batches."""
+        parts = int(np.prod([self.mesh.shape[a] for a in sharding.BATCH_AXES]))
+        if self.micro_batches < 1 or batch_size % (parts * self.micro_batches):
+            raise ConfigError(
+                f"batch of {batch_size} rows is not divisible by {parts} (mesh data x fsdp) x {self.micro_batches} "
+                "micro-batches"
+            )
+
+    def _fresh(self, key: jax.Array) -> TrainState:
+        params = self.model.init(fold(key, "init"))["params"]
+        return init_state(params, self.tx, fold(key, "train"))
