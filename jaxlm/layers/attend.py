@@ -74,13 +74,24 @@ class KeyValues:
     """One source: keys and values, which of them each query sees, and a bias on their logits.
 
     `k`, `v`: `[batch, keys, kv_heads, head_dim]`, or `[batch, queries, keys, kv_heads, head_dim]` if private to each
-    query. `allowed`: a `Visible` (own tokens), a mask broadcastable to `[batch, queries, keys]`, or `None` (all).
+    query, or with `heads_first` `[batch, kv_heads, keys, head_dim]`, as in a cache. `allowed`: a `Visible` (own),
+    a mask broadcastable to `[batch, queries, keys]`, or `None` (all).
     """
 
     k: Array
     v: Array
     allowed: Visible | Array | None = None
     bias: Float[Array, "batch keys"] | None = None
+    heads_first: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def axes(self) -> str:
+        """The axes of `k` and `v` for `einsum`: batch, t (queries), s (keys), k (heads), d."""
+        return "bksd" if self.heads_first else "btskd" if self.k.ndim == 5 else "bskd"
+
+    @property
+    def num_keys(self) -> int:
+        return self.k.shape[self.axes.index("s")]
 
 
 def attend(
@@ -124,7 +135,7 @@ def attend_with_weights(
     """The reference implementation; also returns the attention weights, sources concatenated along the keys."""
     dtype = jnp.dtype(dtype or q.dtype)
     batch, queries, heads, head_dim = q.shape
-    kv_heads = sources[0].k.shape[-2]
+    kv_heads = sources[0].k.shape[sources[0].axes.index("k")]
     grouped = (q * jnp.asarray(scale, q.dtype)).reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
     grouped = grouped.astype(dtype)
     logits = [_logits(grouped, source, softcap, dtype) for source in sources]
@@ -135,10 +146,9 @@ def attend_with_weights(
     weights = weights / jnp.where(total == 0.0, 1.0, total)
     out, start = 0.0, 0
     for source in sources:
-        end = start + source.k.shape[-3]
-        part = weights[..., start:end].astype(dtype)
-        keys = "btskd" if source.v.ndim == 5 else "bskd"
-        out = out + jnp.einsum(f"bkgts,{keys}->btkgd", part, source.v.astype(dtype), preferred_element_type=jnp.float32)
+        end = start + source.num_keys
+        part, values = weights[..., start:end].astype(dtype), source.v.astype(dtype)
+        out = out + jnp.einsum(f"bkgts,{source.axes}->btkgd", part, values, preferred_element_type=jnp.float32)
         start = end
     return out.reshape(q.shape).astype(q.dtype), weights.reshape(batch, heads, queries, -1)
 
@@ -146,8 +156,8 @@ def attend_with_weights(
 def _logits(
     q: Array, source: KeyValues, softcap: float | None, dtype
 ) -> Float[Array, "batch kv_heads group queries keys"]:
-    keys = "btskd" if source.k.ndim == 5 else "bskd"
-    logits = jnp.einsum(f"btkgd,{keys}->bkgts", q, source.k.astype(dtype), preferred_element_type=jnp.float32)
+    keys = source.k.astype(dtype)
+    logits = jnp.einsum(f"btkgd,{source.axes}->bkgts", q, keys, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if source.bias is not None:
@@ -168,7 +178,7 @@ def _blocked_fits(q: Array, sources: tuple[KeyValues, ...]) -> bool:
         and own.allowed.mask.prefix_lengths is None
         and own.allowed.mask.allowed is None
         and own.bias is None
-        and own.k.ndim == 4
+        and own.axes == "bskd"
     )
 
 

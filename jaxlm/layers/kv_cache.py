@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.core.sharding import constrain
 
-_AXES = (None, "batch", None, "act_kv_heads", None)
+_AXES = (None, "batch", "act_kv_heads", None, None)
 
 
 @jax.tree_util.register_dataclass
@@ -22,20 +22,21 @@ _AXES = (None, "batch", None, "act_kv_heads", None)
 class KVCache:
     """Keys and values of what came before.
 
-    `k`, `v`: `[layers, batch, capacity, kv_heads, head_dim]`, rotated. `index`: the next slot to write. `start`: the
-    first slot that holds a real token (shared mode). `empty` is static: the prefill of a fresh cache compiles to plain
-    causal attention.
+    `k`, `v`: `[layers, batch, kv_heads, capacity, head_dim]`, keys rotated. (Heads come before slots because a step of
+    one token then reads a head's keys in order, which halves its time on CPU.) `index`: the next slot to write.
+    `start`: the first slot that holds a real token (shared mode). `empty` is static: the prefill of a fresh cache
+    compiles to plain causal attention.
     """
 
-    k: Float[Array, "layers batch capacity kv_heads head_dim"]
-    v: Float[Array, "layers batch capacity kv_heads head_dim"]
+    k: Float[Array, "layers batch kv_heads capacity head_dim"]
+    v: Float[Array, "layers batch kv_heads capacity head_dim"]
     index: Int[Array, "batch"] | Int[Array, ""]
     start: Int[Array, "batch"] | None = None
     empty: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def capacity(self) -> int:
-        return self.k.shape[2]
+        return self.k.shape[3]
 
     @property
     def batch(self) -> int:
@@ -50,7 +51,7 @@ def init_cache(
     layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: Any = jnp.float32, shared: bool = False
 ) -> KVCache:
     """An empty cache. In shared mode set `start` to each row's amount of left padding."""
-    k = constrain(jnp.zeros((layers, batch, capacity, kv_heads, head_dim), dtype), *_AXES)
+    k = constrain(jnp.zeros((layers, batch, kv_heads, capacity, head_dim), dtype), *_AXES)
     index = jnp.zeros((), jnp.int32) if shared else jnp.zeros((batch,), jnp.int32)
     start = jnp.zeros((batch,), jnp.int32) if shared else None
     return KVCache(k, k, index, start, empty=True)
@@ -91,14 +92,16 @@ def write(cache: KVCache, k: Array, v: Array, layers: tuple[int, int], advance: 
         def put(old: Array, new: Array) -> Array:
             whole = (first, last) == (0, old.shape[0])
             part = old if whole else old[first:last]
-            part = part.at[:, rows, slots].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+            # An index on both sides of a slice moves the indexed axes to the front.
+            moved = jnp.moveaxis(new.astype(old.dtype), 0, 2)
+            part = part.at[:, rows, :, slots].set(moved, mode="drop", unique_indices=True)
             return part if whole else old.at[first:last].set(part)
     else:
 
         def put(old: Array, new: Array) -> Array:
             zero = jnp.zeros((), jnp.int32)
-            at = (jnp.asarray(first, jnp.int32), zero, cache.index, zero, zero)
-            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+            at = (jnp.asarray(first, jnp.int32), zero, zero, cache.index, zero)
+            return jax.lax.dynamic_update_slice(old, jnp.swapaxes(new, 2, 3).astype(old.dtype), at)
 
     index = cache.index + length if advance else cache.index
     new_k, new_v = constrain(put(cache.k, k), *_AXES), constrain(put(cache.v, v), *_AXES)

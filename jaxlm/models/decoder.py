@@ -262,7 +262,7 @@ class Decoder:
         def run(kind: LayerKind, h: Array, layer_params: Any, layer_inputs: dict[str, Any]):
             others = []
             if attends_cache:
-                others.append(KeyValues(*layer_inputs["cache"], allowed=cached[kind.window]))
+                others.append(KeyValues(*layer_inputs["cache"], allowed=cached[kind.window], heads_first=True))
             for extra, (k, v) in zip(context.extra, layer_inputs["extra"], strict=True):
                 allowed = None if extra.allowed is None else extra.allowed[:, None, :]
                 others.append(KeyValues(k, v, allowed, extra.bias))

@@ -120,6 +120,7 @@ def test_a_per_layer_prefix_equals_real_tokens_before():
     model, params = tiny_decoder("llama", num_layers=LAYERS)
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 64, (2, 11)), jnp.int32)
     cache = model.trunk(params, model.embed(params, ids[:, :4]), cache=model.init_cache(2, 4)).cache
+    keys, values = jnp.swapaxes(cache.k, 2, 3), jnp.swapaxes(cache.v, 2, 3)
     positions = jnp.broadcast_to(jnp.arange(4, 11, dtype=jnp.int32)[None], (2, 7))
 
     @jax.jit
@@ -128,8 +129,8 @@ def test_a_per_layer_prefix_equals_real_tokens_before():
         return model.trunk(params, model.embed(params, ids[:, 4:]), positions=positions, context=context).hidden
 
     full = model.trunk(params, model.embed(params, ids)).hidden[:, 4:]
-    chex.assert_trees_all_close(run(cache.k, cache.v), full, atol=1e-5)
-    grads = jax.grad(lambda k: jnp.sum(run(k, cache.v) ** 2))(cache.k)
+    chex.assert_trees_all_close(run(keys, values), full, atol=1e-5)
+    grads = jax.grad(lambda k: jnp.sum(run(k, values) ** 2))(keys)
     assert float(jnp.abs(grads).min(axis=(1, 2, 3, 4)).max()) >= 0.0
     assert bool((jnp.abs(grads).sum(axis=(1, 2, 3, 4)) > 0).all())
 
