@@ -49,7 +49,7 @@ class Program:
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
     def init(self, seed: int) -> TrainState:
-        """The state before the first step, created in place on the mesh; the same bits on every mesh."""
+        """The state before the first step, created in place; the same on every mesh, up to the last bit."""
         with sharding.use_mesh(self.mesh, self.rules):
             return jax.jit(self._fresh, out_shardings=self.shardings)(jax.random.key(seed))
 
