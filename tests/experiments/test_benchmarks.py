@@ -1,0 +1,33 @@
+"""The benchmarks run, at a size that measures nothing."""
+
+import json
+
+import pytest
+
+from experiments.benchmarks import decode, harness, train_step
+from experiments.benchmarks.llama import Size
+
+TINY = Size(vocab_size=64, layers=2, embed_dim=16, heads=2, mlp_dim=32)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setattr(harness, "has_torch", lambda: False)
+
+
+@pytest.mark.slow
+def test_train_step_measures_our_side_alone(tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    config = train_step.Config(TINY, batch=2, length=16, precisions=("float32",), rounds=2, steps=1, out=out)
+    (row,) = train_step.main(config)
+    assert row["side"] == "jaxlm"
+    assert row["tokens_per_second"] == pytest.approx(2 * 16 / row["seconds"])
+    assert "pip install" in capsys.readouterr().out
+    assert json.loads(out.read_text())["machine"]["cores"] >= 1
+
+
+@pytest.mark.slow
+def test_decode_measures_our_side_alone():
+    (row,) = decode.main(decode.Config(TINY, batches=(2,), prompt=8, new_tokens=8, rounds=1))
+    assert row["agreement"] == 1.0
+    assert row["tokens_per_second"] == pytest.approx(16 / row["seconds"])
