@@ -188,7 +188,8 @@ def _prefill(generator, params, prompts, lengths, limits, keys, temperature, sto
     tokens = constrain(jnp.pad(prompts, ((0, 0), (0, capacity - length))), "batch", None)
     zeros = jnp.zeros((batch, capacity), jnp.float32)
     history = History(tokens, lengths, lengths)
-    rest = dict(
+    return GenerationState(
+        carry=carry,
         logits=logits,
         tokens=tokens,
         logprobs=zeros,
@@ -205,8 +206,6 @@ def _prefill(generator, params, prompts, lengths, limits, keys, temperature, sto
         queue_from=jnp.zeros((batch,), jnp.int32),
         queue_to=jnp.zeros((batch,), jnp.int32),
     )
-    # Copies, because what is passed through would share the caller's memory, which the next step takes over.
-    return GenerationState(carry=carry, **jax.tree.map(jnp.copy, rest))
 
 
 @functools.partial(jax.jit, static_argnames=("generator",), donate_argnames=("state",))
@@ -235,10 +234,10 @@ def _step(generator: Generator, params: Params, state: GenerationState) -> Gener
     logprob = _log_prob(scale(state.logits, state.temperature), token)
     appended = Appended(token, logprob, active)
     rows = jnp.arange(token.shape[0], dtype=jnp.int32)
-    places = jnp.where(active, state.lengths, state.tokens.shape[1])
 
     def append(buffer: Array, value: Array) -> Array:
-        return buffer.at[rows, places].set(value, mode="drop", unique_indices=True)
+        # A row that is done writes beyond its end, where nobody reads.
+        return buffer.at[rows, state.lengths].set(value, mode="drop", unique_indices=True)
 
     processed = state.processed_logprobs
     # The model reads the new token at once, so that what comes next is known between steps.

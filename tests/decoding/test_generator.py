@@ -225,6 +225,14 @@ def test_a_stopped_row_stays_as_it_is():
     assert (np.asarray(state.num_new)[[1, 2]] > 0).all()
 
 
+def test_a_done_row_keeps_what_would_come_next():
+    generator, params, state = begin("llama", max_new=np.array([2, 10, 10, 10]), stop_ids=(), processors=[])
+    state = generator.advance(params, state, 2)
+    expected = np.array(generator.log_probs(state))[0]
+    state = generator.advance(params, state, 5)
+    np.testing.assert_array_equal(np.array(generator.log_probs(state))[0], expected)
+
+
 def test_one_compilation_for_other_parameters_prompts_settings_and_steps():
     stepper, _ = make("hash")
     generator = Generator(stepper)
@@ -254,6 +262,7 @@ def test_callers_keep_what_they_passed():
     """Advancing takes over the state's memory, never that of arrays it was made from."""
     keys, temperature, penalty = jnp.copy(KEYS), jnp.full((4,), 0.9), jnp.full((4,), 1.2)
     generator, params, state = begin(keys=keys, temperature=temperature, processors=[RepetitionPenalty(penalty)])
+    state = generator.insert(state, [0], generator.gather(state, [1]))
     generator.advance(params, state, 2)
     assert not any(x.is_deleted() for x in (keys, temperature, penalty))
 
