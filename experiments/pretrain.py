@@ -2,14 +2,14 @@
 
 With no options it trains a 7M-parameter Llama on the source code of the running Python's own standard library:
 
-    python -m experiments.pretrain                      # preset small: about 4 minutes on two CPU cores
+    python -m experiments.pretrain                      # preset small: about 5 minutes on two CPU cores
     python -m experiments.pretrain --data.path notes/ --out runs/notes
     python -m experiments.pretrain --data.path code.jsonl.gz books/ --data.weights 0.7 0.3
 
 The same command again resumes from the last checkpoint, after any kind of stop, and goes on with exactly the losses
 of a run that was never stopped. Sample from a run with `python -m experiments.generate --checkpoint RUN`.
 
-Expect of `small`: validation bits per byte from about 4.8 before to about 2.0 after (two x86 cores, 2026-11).
+Expect of `small`: bits per byte of held-out files from 3.31 before to 1.87 after (two x86 cores, jax 0.10.2, 2026-11).
 """
 
 import dataclasses
