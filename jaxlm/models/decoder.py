@@ -346,8 +346,9 @@ def _is_box(x: Any) -> bool:
     return isinstance(x, nn.LogicallyPartitioned)
 
 
-def _arange(x: Array) -> Int[Array, "batch length"]:
-    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
+def _arange(x: Array) -> Int[Array, "1 length"]:
+    """The same positions for every row, said once: rotary tables have one row then."""
+    return jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
 
 
 def _remat_policy(name: str):
