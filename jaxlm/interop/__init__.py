@@ -1,0 +1,5 @@
+"""Models from elsewhere, in and out."""
+
+from jaxlm.interop.pretrained import Pretrained
+
+__all__ = ["Pretrained"]
