@@ -157,16 +157,24 @@ def make_program(config: Config, devices: Any = None) -> Any:
 
 def run(config: Config, out: Path) -> Report:
     """Trains from the last checkpoint in `out`, or from the start, and reports."""
+    from jaxlm.core import distributed
+    from jaxlm.training import exclusive
+
+    distributed.initialize()
+    with exclusive(out):
+        return _train(config, out)
+
+
+def _train(config: Config, out: Path) -> Report:
     import jax
 
-    from jaxlm.core import distributed, trees
+    from jaxlm.core import trees
     from jaxlm.data.pipeline import make_train_iterator
     from jaxlm.models.flops import train_flops_per_token
     from jaxlm.training import Checkpoints, Evaluate, Interrupted, Log, Profile, Save, fit
     from jaxlm.training.progress import Progress
     from jaxlm.training.run_log import RunLog
 
-    distributed.initialize()
     program = make_program(config)
     abstract = program.abstract_state
     data = prepare_data(config.data, seed=config.seed)

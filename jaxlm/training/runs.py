@@ -1,6 +1,10 @@
-"""A run folder as a model to use: configuration, parameters and tokenizer of a training run's checkpoint."""
+"""Run folders: `load_run` opens one as a model to use, `exclusive` keeps a second run out of one that is in use."""
 
+import contextlib
 import dataclasses
+import errno
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxlm.core import sharding
 from jaxlm.core.configs import from_dict
+from jaxlm.core.distributed import is_main_process
 from jaxlm.core.errors import CheckpointError
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.models import Decoder, DecoderConfig
@@ -50,3 +55,36 @@ def load_run(folder: str | Path, *, step: int | None = None, mesh: Mesh | None =
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
     step, params = load_params(folder / "checkpoints", abstract, step)
     return Run(folder, step, model, params, load_tokenizer(folder / "tokenizer"), meta)
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | Path) -> Iterator[None]:
+    """Holds a run folder for this run (all its processes: the main one holds it). The end of the process frees it.
+
+    File systems without locks are not held.
+
+    Raises `CheckpointError` when another run is writing to the folder.
+    """
+    if not is_main_process():
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock(file, folder)
+        yield
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise CheckpointError(f"{folder} is in use: another run is writing to it (choose another --out)") from None
