@@ -203,6 +203,8 @@ def _blocked(q: Array, k: Array, v: Array, segments: Array | None, window: int |
     kv_heads = k.shape[2]
     q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim), 1, 3)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    # Saved as they are, the backward pass neither rotates nor transposes them again.
+    q, k, v = (checkpoint_name(x, "attention_inputs") for x in (q, k, v))
     out = _causal_attention(q, k, v, segments, window, softcap)
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, head_dim)
 

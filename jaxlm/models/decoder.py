@@ -357,7 +357,7 @@ def _remat_policy(name: str):
         case "none":
             return None
         case "dots":
-            attention = policies.save_only_these_names("attention_result", "attention_norm")
+            attention = policies.save_only_these_names("attention_inputs", "attention_result", "attention_norm")
             return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)
         case "projections":
             return policies.save_only_these_names("attention_projection")
