@@ -10,19 +10,21 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxlm.core import sharding
+from jaxlm.core import sharding, trees
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.keys import fold
 from jaxlm.objectives.base import Objective
 from jaxlm.training.state import TrainState, init_state, state_shardings
-from jaxlm.training.step import Metrics, accumulate, make_step
+from jaxlm.training.step import Build, Metrics, accumulate, make_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Training all parameters of one model on a mesh. Nothing is compiled or allocated until it is called.
+    """Training one model on a mesh. Nothing is compiled or allocated until it is called.
 
-    `model` needs `init(key) -> {"params": ...}`, `axes()`, `abstract_params()` and `config.sharding_rules(mesh)`.
+    `model` needs `init(key) -> {"params": ...}`, `axes()`, `abstract_params()` and `config.sharding_rules(mesh)`. All
+    its parameters are trained from scratch, or `start`: what is trained of parameters that exist (`None` where a leaf
+    is frozen), placed on the mesh. `build` makes the parameters of it and of the step's `frozen` argument.
     """
 
     model: Any
@@ -30,6 +32,8 @@ class Program:
     tx: optax.GradientTransformation
     mesh: Mesh
     micro_batches: int = 1
+    start: Any = None
+    build: Build = trees.merge
 
     @functools.cached_property
     def rules(self) -> Mapping[str, Any]:
@@ -38,9 +42,11 @@ class Program:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """The state's shapes, with the shardings it has on the mesh: what a checkpoint is restored to."""
-        shapes = jax.eval_shape(self._fresh, jax.random.key(0))
-        params = self.model.abstract_params()
-        placed = sharding.shardings(self.mesh, self.model.axes(), params, self.rules)
+        shapes = jax.eval_shape(self._fresh, jax.random.key(0), self.start)
+        if self.start is None:
+            placed = sharding.shardings(self.mesh, self.model.axes(), self.model.abstract_params(), self.rules)
+        else:
+            placed = jax.tree.map(lambda x: x.sharding, self.start)
         places = state_shardings(self.mesh, shapes, placed)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
@@ -51,13 +57,13 @@ class Program:
     def init(self, seed: int) -> TrainState:
         """The state before the first step, created in place; the same on every mesh, up to the last bit."""
         with sharding.use_mesh(self.mesh, self.rules):
-            return jax.jit(self._fresh, out_shardings=self.shardings)(jax.random.key(seed))
+            return jax.jit(self._fresh, out_shardings=self.shardings)(jax.random.key(seed), self.start)
 
     @functools.cached_property
     def step(self) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
         """The compiled step; it donates the state it is given."""
         gradients = functools.partial(accumulate, micro_batches=self.micro_batches)
-        step = make_step(self.objective, self.tx, gradients=gradients)
+        step = make_step(self.objective, self.tx, build=self.build, gradients=gradients)
         return self.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def jit(self, function: Callable, **options: Any) -> Callable:
@@ -88,6 +94,6 @@ class Program:
                 "micro-batches"
             )
 
-    def _fresh(self, key: jax.Array) -> TrainState:
-        params = self.model.init(fold(key, "init"))["params"]
+    def _fresh(self, key: jax.Array, start: Any) -> TrainState:
+        params = self.model.init(fold(key, "init"))["params"] if start is None else start
         return init_state(params, self.tx, fold(key, "train"))
