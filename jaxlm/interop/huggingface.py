@@ -317,6 +317,7 @@ def _save_tokenizer(folder: Path, tokenizer: HuggingFaceTokenizer, config: Decod
     engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     roles = {f"{role}_token": engine.id_to_token(tokenizer.special_ids[role]) for role in ("bos", "eos", "pad")}
     settings = {
+        # What reads a tokenizer.json as it is. (For Qwen 2 `transformers` 5 takes that model's own class all the same.)
         "tokenizer_class": "PreTrainedTokenizerFast",
         **roles,
         "clean_up_tokenization_spaces": False,
