@@ -68,7 +68,7 @@ def write(config: DecoderConfig) -> tuple[Family, dict[str, Any]]:
     for family in FAMILIES.values():
         try:
             values = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
-            differs = _differences(config, read(values)[1])
+            differs = differences(config, read(values)[1])
         except ConfigError as error:
             differs = [str(error)]
         if not differs:
@@ -101,7 +101,7 @@ _NOT_COMPUTED = ("max_length", "init_std", "init_out_std", "precision", "remat",
 """Fields that do not change what a model computes."""
 
 
-def _differences(wanted: DecoderConfig, got: DecoderConfig) -> list[str]:
+def differences(wanted: DecoderConfig, got: DecoderConfig) -> list[str]:
     """How two models' computations differ: `"norm 'rms', not 'layer'"`."""
     a, b = _essence(wanted), _essence(got)
     return [f"{name} {b[name]!r}, not {a[name]!r}" for name in a if not _same(a[name], b[name])]

@@ -132,7 +132,7 @@ def compare(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: st
     lines = []
     strangers = _by_layer(extra)
     for name, layers in _by_layer(missing).items():
-        close = difflib.get_close_matches(name, strangers, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name, strangers, n=1, cutoff=0.85)
         hint = f" (did it become {close[0]}?)" if close else ""
         lines.append(f"missing: {_spelled(name, layers)}{hint}")
     lines += [f"unexpected: {_spelled(name, layers)}" for name, layers in strangers.items()]

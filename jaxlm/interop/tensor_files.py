@@ -74,7 +74,7 @@ class MappedFile:
 
     def _entry(self, base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
         start, stop = data_offsets
-        if not 0 <= start <= stop or any(type(n) is not int or n < 0 for n in shape):
+        if not 0 <= start <= stop or any(type(n) is not int or n < 0 for n in (start, stop, *shape)):
             raise ValueError(f"offsets {data_offsets}, shape {shape}")
         if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
             raise ValueError(f"{stop - start} bytes for {dtype}{shape}")
