@@ -30,6 +30,11 @@ _INERT = (
 # fmt: on
 """Keys that no forward pass without dropout reads, or that choose among ways to compute the same."""
 
+_IMAGES = ("text_config", "vision_config", "mm_tokens_per_image") + tuple(
+    f"{name}_token_{suffix}" for name in ("boi", "eoi", "image") for suffix in ("index", "id")
+)
+"""Keys of a Gemma 3 that sees images that its text model does not read."""
+
 _INERT_PREFIXES = ("_", "summary_", "unsloth_")
 
 
@@ -40,13 +45,13 @@ def read(values: Mapping[str, Any], ignore_keys: Sequence[str] = ()) -> tuple[Fa
     `FAMILIES`, a key that is missing or of the wrong type, and, by name and value, for whatever may change the
     computation and is not supported (unless `ignore_keys` names it).
     """
-    if "text_config" in values:
+    if values.get("text_config") is not None:
+        if not isinstance(values["text_config"], Mapping):
+            raise ConfigError(f"config.json: 'text_config' is {values['text_config']!r}, expected an object")
         if values.get("model_type") != "gemma3":
             raise ConfigError(f"config.json: model_type '{values.get('model_type')}' has a text_config: {_known()}")
-        # Its other keys speak of images.
-        tied = values.get("tie_word_embeddings", True)
-        values = {"tie_word_embeddings": tied, **values["text_config"], "architectures": None}
-        values["model_type"] = values.get("model_type", "gemma3_text")
+        rest = {name: value for name, value in values.items() if name not in _IMAGES}
+        values = {**rest, "model_type": "gemma3_text", **values["text_config"], "architectures": None}
     family = _family(values)
     keys = Keys({k: v for k, v in values.items() if k not in ignore_keys}, family.defaults)
     config = family.read(keys)
@@ -83,6 +88,8 @@ def _known() -> str:
 
 def _family(values: Mapping[str, Any]) -> Family:
     architectures = values.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ConfigError(f"config.json: 'architectures' is {architectures!r}, expected a list of names")
     for name in architectures:
         if name not in {f.architecture for f in FAMILIES.values()}:
             known = [f.architecture for f in FAMILIES.values()]

@@ -42,7 +42,7 @@ def _rms(keys: Keys, activation: str | None = None, **fields: Any) -> DecoderCon
         norm_eps=float(keys.get("rms_norm_eps")),
         activation=activation or hf_keys.activation(keys, "hidden_act"),
         tie_embeddings=keys.flag("tie_word_embeddings"),
-        init_std=float(keys.get("initializer_range")),
+        init_std=float(keys.get("initializer_range", zero=True)),
         **fields,
     )
 
@@ -100,7 +100,7 @@ def _write_mistral(c: DecoderConfig) -> dict[str, Any]:
 
 def _qwen_window(keys: Keys) -> dict[str, Any]:
     layers = keys.peek("num_hidden_layers")
-    window, first = keys.integer("sliding_window", None), keys.integer("max_window_layers")
+    window, first = keys.integer("sliding_window", None), keys.integer("max_window_layers", zero=True)
     pattern = hf_keys.window_pattern(keys, layers) or tuple(i >= first for i in range(layers))
     return {"window": window, "window_pattern": pattern} if keys.flag("use_sliding_window") else {}
 
@@ -236,7 +236,7 @@ def _read_neox(keys: Keys) -> DecoderConfig:
         mlp_gated=False,
         activation=hf_keys.activation(keys, "hidden_act"),
         tie_embeddings=keys.flag("tie_word_embeddings"),
-        init_std=float(keys.get("initializer_range")),
+        init_std=float(keys.get("initializer_range", zero=True)),
         **hf_keys.rotation(rope, theta, max_length, partial=True),
     )
 
@@ -284,7 +284,7 @@ def _read_gpt2(keys: Keys) -> DecoderConfig:
         attention_scale=None if keys.flag("scale_attn_weights") else 1.0,
         attention_scale_by_layer=keys.flag("scale_attn_by_inverse_layer_idx"),
         tie_embeddings=keys.flag("tie_word_embeddings"),
-        init_std=float(keys.get("initializer_range")),
+        init_std=float(keys.get("initializer_range", zero=True)),
     )
 
 

@@ -30,8 +30,11 @@ class Keys:
         self._left = {**defaults, **values}
         self._where = where
 
-    def get(self, name: str, default: Any = _ABSENT, kind: type | tuple[type, ...] = (int, float)) -> Any:
-        """The value of a key, removed; `null` is the default (an error where there is none)."""
+    def get(self, name: str, default: Any = _ABSENT, kind: Any = (int, float), zero: bool = False) -> Any:
+        """The value of a key, removed; `null` is the default (an error where there is none).
+
+        Numbers must be positive, or zero where `zero` says so.
+        """
         value = self._left.pop(name, None)
         if value is None:
             if default is _ABSENT:
@@ -40,10 +43,12 @@ class Keys:
         if isinstance(value, bool) and kind is not bool or not isinstance(value, kind):
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise ConfigError(f"config.json: '{self._where}{name}' is {value!r}, expected {names}")
+        if isinstance(value, (int, float)) and kind is not bool and not (math.inf > value > 0 or (zero and value == 0)):
+            raise ConfigError(f"config.json: '{self._where}{name}' is {value!r}, expected a positive number")
         return value
 
-    def integer(self, name: str, default: Any = _ABSENT) -> Any:
-        return self.get(name, default, int)
+    def integer(self, name: str, default: Any = _ABSENT, zero: bool = False) -> Any:
+        return self.get(name, default, int, zero)
 
     def flag(self, name: str, default: bool = False) -> bool:
         return self.get(name, default, bool)
@@ -121,7 +126,7 @@ def _scaling(kind: str, keys: Keys, max_length: int) -> RopeScaling:
         return RopeScaling(kind, float(keys.get("factor")), original, low, high)
     factor = float(keys.get("factor", max_length / original))
     keys.only("truncate", None, True)
-    one, all_dims = keys.get("mscale", 0), keys.get("mscale_all_dim", 0)
+    one, all_dims = keys.get("mscale", 0, zero=True), keys.get("mscale_all_dim", 0, zero=True)
     gain = keys.get("attention_factor", None)
     if gain is None and one and all_dims and factor > 1:
         gain = (0.1 * one * math.log(factor) + 1) / (0.1 * all_dims * math.log(factor) + 1)
@@ -165,7 +170,7 @@ def window_pattern(keys: Keys, num_layers: int) -> tuple[bool, ...] | None:
         return None
     known = {"full_attention": False, "sliding_attention": True}
     for name in types:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ConfigError(f"config.json: 'layer_types' has '{name}': {nearest(str(name), known)}")
     if len(types) != num_layers:
         raise ConfigError(f"config.json: 'layer_types' has {len(types)} entries, expected {num_layers}")

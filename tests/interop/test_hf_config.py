@@ -1,12 +1,16 @@
 """Configurations: published `config.json` files against our presets, old keys and new, and every refusal."""
 
+import contextlib
 import dataclasses
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.interop import hf_config
 from jaxlm.layers import RopeScaling
+from jaxlm.models import DecoderConfig
 from jaxlm.models.presets import PRESETS, preset
 from jaxlm.testing import tiny_config
 
@@ -272,6 +276,8 @@ class TestOldAndNewKeys:
         found = read({**whole, "mm_tokens_per_image": 256, "vision_config": {"hidden_size": 1152}})
         assert (found.vocab_size, found.num_heads, found.kv_heads, found.head_size) == (262208, 8, 4, 256)
         assert (found.rope_scaling.factor, found.rope_theta_local, found.tie_embeddings) == (8.0, 1e4, True)
+        with pytest.raises(ConfigError, match="'quantization_config' is"):
+            read({**whole, "quantization_config": {"bits": 4}})
         with pytest.raises(ConfigError, match="model_type 'llava' has a text_config"):
             read({**whole, "model_type": "llava"})
 
@@ -325,6 +331,23 @@ class TestOldAndNewKeys:
 def test_what_we_would_not_compute_is_refused_by_name(values, changes, message):
     with pytest.raises(ConfigError, match=message):
         read(values, **changes)
+
+
+ROPE_KEYS = ("rope_type", "factor", "rope_theta", "original_max_position_embeddings", "beta_fast", "mscale", "type")
+NUMBERS = st.sampled_from([0, 1, -1, 2, 7, 64, 0.0, 0.5, -2.5, 1e30])
+SCALARS = NUMBERS | st.sampled_from([None, True, False, "", "yarn", "llama3", "dynamic", "linear", "silu"])
+ROPES = st.dictionaries(st.sampled_from((*ROPE_KEYS, "low_freq_factor", "high_freq_factor")), SCALARS, max_size=6)
+VALUES = SCALARS | ROPES | st.lists(SCALARS | st.lists(SCALARS, max_size=1), max_size=3)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_file_gives_a_configuration_or_a_config_error(data):
+    values = dict(data.draw(st.sampled_from(list(PUBLISHED.values()))))
+    keys = st.sampled_from([*values, "rope_parameters", "layer_types", "text_config", "sliding_window_pattern"])
+    values |= data.draw(st.dictionaries(keys, VALUES, min_size=1, max_size=3))
+    with contextlib.suppress(ConfigError):
+        assert isinstance(hf_config.read(values)[1], DecoderConfig)
 
 
 def test_a_key_may_be_ignored_by_name():
