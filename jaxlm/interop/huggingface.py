@@ -223,7 +223,8 @@ def _read(
         parts[str(index)] = out if tensor.per_layer else out[0]
         return parts[str(index)]
 
-    return jax.make_array_from_callback(leaf.shape, place, piece)
+    # Waiting keeps the buffers of one parameter, not of several that are under way.
+    return jax.make_array_from_callback(leaf.shape, place, piece).block_until_ready()
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
