@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +19,6 @@ from jaxlm.interop.gguf.reader import File, Tensor
 from jaxlm.models import Decoder, DecoderConfig
 from jaxlm.weights import Weight, child_axes, dense
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 # Read with the metadata.
 _ELSEWHERE = {"rope_freqs.weight"}
 
