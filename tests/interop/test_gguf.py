@@ -1,6 +1,8 @@
 """GGUF files, written by the `gguf` package and read by us."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import chex
@@ -358,6 +360,18 @@ def test_smollm2_answers_word_for_word(packed):
     assert end == found.tokenizer.special_ids["eos"]
     if packed:
         assert weights.nbytes(found.params) < path.stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_loading_smollm2_keeps_no_second_copy():
+    script = (
+        "import jax; from jaxlm.interop import gguf; import sys; jax.block_until_ready(gguf.load(sys.argv[1]).params);"
+        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    )
+    found = subprocess.run([sys.executable, "-c", script, str(smollm2())], capture_output=True, text=True, check=True)
+    # 538 MB of parameters in float32; Python and JAX take 170 MB before that.
+    assert int(found.stdout) * 1024 < 1.2e9
 
 
 @pytest.mark.slow
