@@ -11,9 +11,11 @@ from jaxlm.weights.base import (
     take,
 )
 from jaxlm.weights.low_rank import LowRank, add_low_rank
+from jaxlm.weights.quantized import Quantized, pack
 
 __all__ = [
     "LowRank",
+    "Quantized",
     "Weight",
     "add_low_rank",
     "child_axes",
@@ -22,5 +24,6 @@ __all__ = [
     "matmul",
     "matmul_transposed",
     "nbytes",
+    "pack",
     "take",
 ]

@@ -17,7 +17,7 @@ from jaxlm.objectives import CausalLM
 from jaxlm.optim import roles
 from jaxlm.testing import tiny_config, tiny_decoder
 from jaxlm.training import Checkpoints
-from jaxlm.weights import LowRank, Weight, add_low_rank
+from jaxlm.weights import LowRank, Quantized, Weight, add_low_rank, pack
 
 
 @jax.tree_util.register_dataclass
@@ -57,11 +57,48 @@ def as_low_rank(w):
     return dataclasses.replace(low, b=0.1 * jax.random.normal(jax.random.key(1), low.b.shape))
 
 
+def as_int8(w):
+    """One scale a column."""
+    scale = np.max(np.abs(w), axis=-2, keepdims=True) / 127
+    codes, _ = pack(np.round(w / scale), 8, w.shape[-2])
+    return jax.tree.map(jnp.asarray, Quantized(codes, scale.astype(np.float32)))
+
+
+def as_two_level_5_bit(w, axis=-1):
+    """Blocks of eight along the last axis, whole numbers times a float16 for their scales and minimums."""
+    block = 8
+    shape = list(w.shape)
+    shape[axis:] = [shape[axis] // block, block]
+    blocks = np.asarray(w).reshape(shape)
+    low = blocks.min(-1)
+    scale = (blocks.max(-1) - low) / 31
+    super_scale = (scale.max(-1, keepdims=True) / 63).astype(np.float16)
+    super_minimum = (np.abs(low).max(-1, keepdims=True) / 127).astype(np.float16)
+    scale = np.ceil(scale / super_scale).astype(np.uint8)
+    low = np.floor(low / super_minimum).astype(np.int8)
+    spread = [(a * b.astype(np.float32))[..., None] for a, b in ((scale, super_scale), (low, super_minimum))]
+    codes = np.clip(np.round((blocks - spread[1]) / spread[0]), 0, 31).reshape(w.shape)
+    packed = Quantized(*_parts(codes, 5, block, axis, scale), low, super_scale, super_minimum, bits=5, axis=axis)
+    return jax.tree.map(jnp.asarray, packed)
+
+
+def _parts(codes, bits, block, axis, scale):
+    low, high = pack(codes, bits, block, axis)
+    return low, scale, high
+
+
 def as_low_rank_over_quantized(w):
-    return dataclasses.replace(as_low_rank(w), base=RowScaled.quantize(w))
+    return dataclasses.replace(as_low_rank(w), base=as_two_level_5_bit(w))
 
 
-KINDS = [as_dense, as_low_rank, RowScaled.quantize, as_low_rank_over_quantized]
+KINDS = [
+    as_dense,
+    as_low_rank,
+    RowScaled.quantize,
+    as_int8,
+    as_two_level_5_bit,
+    as_low_rank_over_quantized,
+]
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
