@@ -2,5 +2,20 @@
 
 from jaxlm.objectives.base import Aux, Objective, StepContext
 from jaxlm.objectives.causal_lm import CausalLM, token_loss_sums
+from jaxlm.objectives.preference import CPO, DPO, KTO, ORPO, SimPO
+from jaxlm.objectives.token_log_probs import model_log_probs, token_log_probs
 
-__all__ = ["Aux", "CausalLM", "Objective", "StepContext", "token_loss_sums"]
+__all__ = [
+    "CPO",
+    "DPO",
+    "KTO",
+    "ORPO",
+    "Aux",
+    "CausalLM",
+    "Objective",
+    "SimPO",
+    "StepContext",
+    "model_log_probs",
+    "token_log_probs",
+    "token_loss_sums",
+]
