@@ -26,6 +26,7 @@ from jaxlm.data.chat import ChatTemplate, Message, Part, user_text
 _MAX_SOURCE = 1 << 18
 _MAX_OUTPUT = 1 << 24
 _MAX_LINES = 2_000_000
+_MARK = re.compile("(\ue000[0-9a-f]{32}\ue001)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,8 @@ class JinjaTemplate(ChatTemplate):
 
     `variables` are passed to the template. `date` is what `strftime_now` formats (ISO, by default today): pin it where
     a template writes the date, or its ids change from day to day. `{% generation %}` blocks, where there are any, say
-    what the assistant wrote; otherwise it is a reply's content and the text after it up to the next control token,
-    that token included.
+    what the assistant wrote; otherwise it is what follows the generation prompt (where the chat does not begin with
+    that, the reply's content), up to the next control token, that token included.
 
     Raises `ConfigError` for a template that does not parse, is longer than 256 KiB, runs without end (more than two
     million lines of its compiled form), or writes more than 16 MiB; `DataError` for messages that it refuses
@@ -64,19 +65,21 @@ class JinjaTemplate(ChatTemplate):
             if i in spelled
         }  # fmt: skip
         messages = [{**m, "content": user_text(m)} for m in messages]
-        render = functools.partial(self._render, named=named, add_generation_prompt=add_generation_prompt)
+        render = functools.partial(self._render, named=named)
         control = _pattern(tokenizer.control_tokens)
-        real = _without(*render(messages))
+        real = _without(*render(messages, add_generation_prompt))
         marks = [_mark() for _ in messages]
         # Templates keep the blanks around a content, or trim them: then the mark takes only the place between.
         for keep in (str, str.strip):
-            contents = [keep(m["content"]) for m in messages]
-            replaced = [{**m, "content": m["content"].replace(c, k)} for m, c, k in zip(messages, contents, marks)]
-            marked, ends = render(replaced)
-            parts = _split(marked, dict(zip(marks, range(len(marks)))), ends, control, contents, messages)
-            if "".join(p.text for p in parts) == real:
-                return parts if ends[0] in marked else _with_end_of_turn(parts)
-        return self._protected(messages, render, control, marked, marks, named)
+            contents = {mark: keep(m["content"]) for m, mark in zip(messages, marks)}
+            replaced = [{**m, "content": m["content"].replace(contents[k], k)} for m, k in zip(messages, marks)]
+            marked, ends = render(replaced, add_generation_prompt)
+            if "".join(p.text for p in _split(marked, contents, ends, control)) == real:
+                if ends[0] not in marked:
+                    marked = _with_blocks(marked, replaced, marks, ends, control, render)
+                return _split(marked, contents, ends, control)
+        render = functools.partial(render, prompt=add_generation_prompt)
+        return self._protected(messages, render, control, marked, marks)
 
     def _protected(
         self,
@@ -85,7 +88,6 @@ class JinjaTemplate(ChatTemplate):
         control: re.Pattern,
         marked: str,
         marks: Sequence[str],
-        named: Mapping[str, str],
     ) -> list[Part]:
         """The parts of a chat whose contents the template looks into."""
         hidden: dict[str, str] = {}
@@ -100,11 +102,11 @@ class JinjaTemplate(ChatTemplate):
         if [c for c, _ in pieces] != [c for c, _ in expected]:
             raise DataError("the chat template writes other control tokens for this chat than its turns call for")
         has_blocks = ends[0] in safe
-        prompt, _ = self._render(
-            [{**messages[0], "role": "user", "content": "x"}], named=named, add_generation_prompt=True
-        )
+        prompt, _ = render([{"role": "user", "content": "x"}], prompt=True)
         lead = _pieces(prompt, control)[-1][1]
         reply_marks = [mark for m, mark in zip(messages, marks) if m["role"] == "assistant"]
+        if lost := [mark for mark in reply_marks if mark not in marked and not has_blocks]:
+            raise DataError(f"turn {marks.index(lost[0]) + 1}: the chat template does not show the reply as it is")
         parts, inside, trained = [], False, False
         for (name, text), (_, frame) in zip(pieces, expected, strict=True):
             if name is not None:
@@ -129,7 +131,7 @@ class JinjaTemplate(ChatTemplate):
         return [p for p in parts if p.text]
 
     def _render(
-        self, messages: Sequence[Message], *, named: Mapping[str, str], add_generation_prompt: bool
+        self, messages: Sequence[Message], prompt: bool, *, named: Mapping[str, str]
     ) -> tuple[str, tuple[str, str]]:
         """The rendering with a mark before and after each generation block, and these two marks."""
         import jinja2
@@ -142,7 +144,7 @@ class JinjaTemplate(ChatTemplate):
             **named,
             **self.variables,
             "messages": [dict(m) for m in messages],
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": prompt,
             "strftime_now": date.strftime,
             "raise_exception": _raise,
             "_generation_marks": ends,
@@ -268,44 +270,51 @@ def _pieces(text: str, control: re.Pattern) -> list[tuple[str | None, str]]:
 
 
 def _restore(text: str, hidden: Mapping[str, str]) -> str:
-    return re.sub("\ue000[0-9a-f]{32}\ue001", lambda m: hidden.get(m[0], m[0]), text)
+    return _MARK.sub(lambda m: hidden.get(m[0], m[0]), text)
 
 
-def _split(
+def _with_blocks(
     marked: str,
-    index: Mapping[str, int],
+    messages: Sequence[Message],
+    marks: Sequence[str],
     ends: Sequence[str],
     control: re.Pattern,
-    contents: Sequence[str],
-    messages: Sequence[Message],
-) -> list[Part]:
+    render: Callable,
+) -> str:
+    """A rendering with marks, as if its template had generation blocks.
+
+    A reply begins where the generation prompt of the messages before it ends, if the chat begins with that prompt,
+    otherwise with its content; it ends with the control token that follows before any other content.
+    """
+    for i, (message, mark) in reversed(list(enumerate(zip(messages, marks)))):
+        start = marked.find(mark)
+        if message["role"] != "assistant" or start < 0:
+            continue
+        stop = start + len(mark)
+        after, other = control.search(marked, stop), _MARK.search(marked, stop)
+        if after and (other is None or after.start() < other.start()):
+            stop = after.end()
+        try:
+            prompt = _without(*render(messages[:i], True)) if i else ""
+        except DataError:
+            prompt = ""
+        if prompt and marked.startswith(prompt) and not _MARK.search(marked[len(prompt) : start]):
+            start = min(start, len(prompt))
+        marked = marked[:start] + ends[0] + marked[start:stop] + ends[1] + marked[stop:]
+    return marked
+
+
+def _split(marked: str, contents: Mapping[str, str], ends: Sequence[str], control: re.Pattern) -> list[Part]:
     """The parts of a rendering with marks: contents in their places, control tokens in the rest."""
-    by_role = ends[0] not in marked
     parts: list[Part] = []
     inside = False
-    for piece in re.split("(\ue000[0-9a-f]{32}\ue001)", marked):
+    for piece in _MARK.split(marked):
         if piece in ends:
             inside = piece == ends[0]
-        elif piece in index:
-            i = index[piece]
-            parts.append(Part(contents[i], False, messages[i]["role"] == "assistant" if by_role else inside))
+        elif piece in contents:
+            parts.append(Part(contents[piece], False, inside))
         else:
             for name, text in _pieces(piece, control):
                 parts += [Part(name, True, inside)] if name is not None else []
                 parts += [Part(text, False, inside)] if text else []
     return parts
-
-
-def _with_end_of_turn(parts: Sequence[Part]) -> list[Part]:
-    """Trains what follows a reply up to the next control token, with that token."""
-    done, open_turn = [], False
-    for part in parts:
-        open_turn = open_turn or (part.trained and not part.control)
-        done.append(part._replace(trained=part.trained or open_turn))
-        if part.control:
-            open_turn = False
-    # Where no control token ends the last reply, the template's tail (a newline, say) is not the assistant's.
-    if open_turn:
-        last = max(i for i, p in enumerate(parts) if p.trained)
-        done[last + 1 :] = parts[last + 1 :]
-    return done
