@@ -96,13 +96,13 @@ def clipped_losses(
 ) -> Float[Array, "rows length"]:
     """`-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)` of each token.
 
-    `clip_high > clip_low` is DAPO's clip-higher; `ratio_limit` bounds the ratio from above first, also where the
-    advantage is negative.
+    `clip_high > clip_low` is DAPO's clip-higher; `ratio_limit` (above 1 + clip_high) bounds the ratio also where
+    the advantage is negative.
     """
     advantages = advantages[:, None]
+    clipped = jnp.clip(ratios, 1 - clip_low, 1 + clip_high)
     if ratio_limit is not None:
         ratios = jnp.minimum(ratios, ratio_limit)
-    clipped = jnp.clip(ratios, 1 - clip_low, 1 + clip_high)
     return -jnp.minimum(ratios * advantages, clipped * advantages)
 
 
@@ -203,6 +203,9 @@ class GRPO:
         check_positive(temperature=self.temperature, clip_low=self.clip_low, correction_limit=self.correction_limit)
         if self.aggregation == "dr_grpo" and not self.max_length:
             raise ConfigError("aggregation 'dr_grpo' needs max_length, the most tokens that a sample may have")
+        high = self.clip_low if self.clip_high is None else self.clip_high
+        if self.ratio_limit is not None and self.ratio_limit <= 1 + high:
+            raise ConfigError(f"ratio_limit is {self.ratio_limit}, expected more than 1 + clip_high = {1 + high}")
         if self.kl_weight < 0:
             raise ConfigError(f"kl_weight is {self.kl_weight}, expected >= 0")
 
@@ -253,13 +256,13 @@ class GRPO:
             )
             above = (ratios > 1 + high) & (advantages[:, None] > 0)
             clipped = above | ((ratios < 1 - self.clip_low) & (advantages[:, None] < 0))
+        if sampler_log_probs is not None:
+            losses = losses * sampler_weights(old, sampler_log_probs, mask, self.correction, self.correction_limit)
         kl = jnp.zeros_like(log_probs)
         if self.kl_weight:
             reference = jnp.where(mask > 0, reference_log_probs, log_probs)
             kl = kl_estimates(log_probs, reference, self.kl_estimator)
             losses = losses + self.kl_weight * kl
-        if sampler_log_probs is not None:
-            losses = losses * sampler_weights(old, sampler_log_probs, mask, self.correction, self.correction_limit)
         share = aggregate(losses, mask, self.aggregation, totals, self.max_length)
         tokens = jnp.sum(mask)
         metrics = {

@@ -166,5 +166,7 @@ def test_bad_settings_are_refused():
         GRPO(None, aggregation="dr_grpo")
     with pytest.raises(ConfigError, match="temperature is 0"):
         GRPO(None, temperature=0.0)
+    with pytest.raises(ConfigError, match="ratio_limit is 1.1, expected more than"):
+        GRPO(None, ratio_limit=1.1)
     with pytest.raises(ConfigError, match="scale 'std'"):
         group_advantages(REWARDS, scale="std")
