@@ -105,6 +105,15 @@ texts = st.text() | st.text(alphabet=" \n\t\r<s>/0xA▁é1a") | st.sampled_from(
 anything = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+def test_control_tokens_are_special_ids_by_their_spelling(tokenizer):
+    assert set(tokenizer.control_tokens.values()) <= set(tokenizer.special_ids.values())
+    for spelled, i in tokenizer.control_tokens.items():
+        assert spelled not in ("bos", "eos", "pad")
+        assert i not in tokenizer.encode(spelled)
+    if isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer)):
+        assert set(tokenizer.control_tokens.values()) == set(tokenizer.special_ids.values())
+
+
 @anything
 @given(text=texts)
 def test_text_survives_and_yields_no_special_id(tokenizer, text):
