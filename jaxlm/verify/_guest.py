@@ -20,12 +20,14 @@ from typing import Any
 import _wire
 
 FORBIDDEN = frozenset(
-    "os.system os.fork os.forkpty os.exec os.posix_spawn os.spawn os.kill os.killpg signal.pthread_kill subprocess.Popen "
-    "pty.spawn socket.connect socket.bind socket.sendto socket.getaddrinfo socket.gethostbyname ctypes.dlopen "
-    "ctypes.dlsym ctypes.cdata ctypes.string_at".split()
+    [f"os.{name}" for name in ("system", "fork", "forkpty", "exec", "posix_spawn", "spawn", "kill", "killpg")]
+    + [f"socket.{name}" for name in ("connect", "bind", "sendto", "getaddrinfo", "gethostbyname")]
+    + [f"ctypes.{name}" for name in ("dlopen", "dlsym", "cdata", "string_at")]
+    + ["signal.pthread_kill", "subprocess.Popen", "pty.spawn"]
 )
 CHANGES = frozenset(
-    "os.remove os.rename os.rmdir os.mkdir os.chmod os.chown os.link os.symlink os.truncate os.utime".split()
+    f"os.{name}"
+    for name in ("remove", "rename", "rmdir", "mkdir", "chmod", "chown", "link", "symlink", "truncate", "utime")
 )
 
 
@@ -278,8 +280,9 @@ def _guard(tell: Callable[[dict], None]) -> None:
         elif event == "socket.__new__" and args[1] not in allowed:
             refuse(event, int(args[1]))
         elif event in CHANGES or (event == "open" and args[2] is not None and args[2] & writing):
-            if not all(inside(path) for path in args[: 2 if event in _TWO_PATHS else 1]):
-                refuse(event, args[0])
+            paths = args[: 2 if event in _TWO_PATHS else 1]
+            if not all(map(inside, paths)):
+                refuse(event, paths[0])
 
     sys.addaudithook(hook)
 

@@ -23,7 +23,7 @@ import time
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import _guest  # noqa: E402
+import _guest
 
 del sys.path[0]
 
@@ -64,9 +64,11 @@ def _run(job: dict, folder: str, isolation: list[str], report_fd: int, channel_f
     _prctl(PR_SET_DUMPABLE, 0)
     _prctl(PR_SET_SUBREAPER, 1)
     facts, events, out, err = os.pipe(), os.pipe(), os.pipe(), os.pipe()
-    stdin = tempfile.TemporaryFile(dir=folder)
-    stdin.write(job["stdin"].encode())
-    stdin.seek(0)
+    path = os.path.join(folder, "stdin")
+    with open(path, "wb") as file:
+        file.write(job["stdin"].encode())
+    stdin = os.open(path, os.O_RDONLY)
+    os.unlink(path)
     started = time.monotonic()
     pid = os.fork()
     if pid == 0:
@@ -74,7 +76,7 @@ def _run(job: dict, folder: str, isolation: list[str], report_fd: int, channel_f
         try:
             os.setsid()
             _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            for source, target in ((stdin.fileno(), 0), (out[1], 1), (err[1], 2)):
+            for source, target in ((stdin, 0), (out[1], 1), (err[1], 2)):
                 os.dup2(source, target)
             _close_all_but({0, 1, 2, facts[1], events[1]} | ({channel_fd} if channel_fd >= 0 else set()))
             code = _init(job, folder, namespaces, facts[1], events[1], channel_fd)
@@ -82,7 +84,7 @@ def _run(job: dict, folder: str, isolation: list[str], report_fd: int, channel_f
             os._exit(code)
     for fd in (facts[1], events[1], out[1], err[1]):
         os.close(fd)
-    stdin.close()
+    os.close(stdin)
     if channel_fd >= 0:
         os.close(channel_fd)
     # Only now: what was forked never had it in memory.

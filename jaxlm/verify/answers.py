@@ -80,7 +80,9 @@ def mgsm_answer(text: str, language: str) -> str | None:
     return last_number(text)
 
 
-_NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{2,3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?![\d.]))?|[-−]?\.\d+")
+_NUMBER = re.compile(
+    r"[-−]?(?:\d{1,3}(?:,\d{2,3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?![\d.]))?|[-−]?\.\d+"
+)
 
 
 def last_number(text: str) -> str | None:
@@ -190,8 +192,12 @@ def choice_letter(text: str, choices: str | Sequence[str] = "ABCD") -> str | Non
     in_parentheses = re.findall(rf"\({one}\)", text)
     if in_parentheses:
         return in_parentheses[-1].upper()
-    alone = set(re.findall(rf"(?<![\w'’])([{re.escape(letters)}])(?![\w'’])(?!\s+[a-z])", text))
-    return alone.pop() if len(alone) == 1 else None
+    alone = re.findall(rf"(?<![\w'’])([{re.escape(letters)}])(?![\w'’])(\s+[a-z])?", text)
+    if len({letter for letter, _ in alone}) != 1:
+        return None
+    letter, _ = alone[0]
+    # "A" and "I" before a word in lower case are words themselves.
+    return None if letter in "AI" and all(word for _, word in alone) else letter
 
 
 # Words that SQuAD's evaluation, and MLQA's for other languages, leave out.
@@ -203,7 +209,7 @@ _ARTICLES = {
     "ar": r"\sال^|ال",
 }
 XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
-_CHARACTERWISE = ("zh", "ja")
+_SPLIT_INTO_CHARACTERS = ("zh", "ja")
 
 
 def squad_normalize(text: str, language: str = "en") -> str:
@@ -218,7 +224,7 @@ def squad_normalize(text: str, language: str = "en") -> str:
         text = "".join(c for c in text.lower() if not unicodedata.category(c).startswith("P") and c not in _ASCII)
     if language in _ARTICLES:
         text = re.sub(_ARTICLES[language], " ", text)
-    return " ".join(_mixed_tokens(text) if language in _CHARACTERWISE else text.split())
+    return " ".join(_mixed_tokens(text) if language in _SPLIT_INTO_CHARACTERS else text.split())
 
 
 def exact_match(prediction: str, references: Sequence[str], language: str = "en") -> float:

@@ -56,7 +56,7 @@ def score_completions(
       ConfigError: no problems, not one list of completions for each, or a problem with fewer than k of them.
     """
     if not problems or len(problems) != len(completions):
-        raise ConfigError(f"{len(completions)} lists of completions for {len(problems)} problems, expected one for each")
+        raise ConfigError(f"{len(completions)} lists of completions for {len(problems)} problems, expected one each")
     ks = tuple(ks)
     for index, samples in enumerate(completions):
         for k in ks:
@@ -87,7 +87,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def extract_code(text: str, stops: Sequence[str] = ()) -> str:
     """The code in a model's reply: its first fenced block that is Python's or unlabelled, else the text up to the
     first of the stop strings. A fence that is never closed reaches to the end."""
-    for match in re.finditer(r"^ {0,3}```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^ {0,3}```|\Z)", text, re.DOTALL | re.MULTILINE):
+    for match in re.finditer(r"(?ms)^ {0,3}```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^ {0,3}```|\Z)", text):
         if match[1].lower() in ("", "python", "python3", "py"):
             return match[2]
     return truncate(text, stops)

@@ -9,9 +9,9 @@ A jail (`_jail.py`) is a fresh interpreter, started by exec and never by forking
 threads running. It has its own user, PID, network and mount namespaces where the kernel grants them, limits on CPU
 time, address space, files and processes, an audit hook, and an empty folder to work in; everything else of the file
 system is absent, or at least refused. When it ends, by itself or by the clock, every process in it is killed.
-`Verdict.isolation` says what was in force: `("network", "processes", "files")` at best, and "own user" where the caller is root. Memory is limited
-for each process, so a jail may use `processes` times `memory_mb`. This confines mistakes and cheats of a language
-model; against a determined attacker with a kernel exploit use a virtual machine.
+`Verdict.isolation` says what was in force: `("network", "processes", "files")` at best, and "own user" where the
+caller is root. Memory is limited for each process, so a jail may use `processes` times `memory_mb`. This confines
+mistakes and cheats of a language model; against a determined attacker with a kernel exploit use a virtual machine.
 """
 
 import dataclasses

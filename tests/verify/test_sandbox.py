@@ -36,7 +36,8 @@ def test_values_travel_unchanged():
     tests = """
 import collections, decimal, fractions
 values = [None, True, 0, -(10**400), 0.1, float("inf"), 1 + 2j, "é\\ud800", b"\\0", [(), [1]], {1, 2}, frozenset({"a"}),
-          {(1, 2): {"k": None}}, range(1, 9, 2), collections.deque([1, 2]), decimal.Decimal("1.10"), fractions.Fraction(1, 3)]
+          {(1, 2): {"k": None}}, range(1, 9, 2), collections.deque([1, 2]), decimal.Decimal("1.10"),
+          fractions.Fraction(1, 3)]
 for value in values:
     assert same(value) == value and type(same(value)) is type(value), value
 assert str(same(float("nan"))) == "nan"
@@ -213,7 +214,7 @@ while True:
     except BaseException: pass""",
     "floods": "while True: print('x' * 10000)",
     "floods after closing": "import os\nos.close(1); os.close(2)\nwhile True: pass",
-    "waits in a thread": "import threading; threading.Thread(target=threading.Event().wait).start(); threading.Event().wait()",
+    "waits in a thread": "from threading import *; Thread(target=Event().wait).start(); Event().wait()",
     "holds the interpreter": "def double(x): return 7 ** (10 ** 9)",
 }
 
@@ -226,7 +227,8 @@ def test_endless_programs_time_out(program):
 
 
 def test_memory_is_limited():
-    for program in ("x = bytearray(1 << 30)", "def double(x): return 'a' * (1 << 30)", "x = []\nwhile True: x += [0] * 9999"):
+    growing = "x = []\nwhile True: x += [0] * 9999"
+    for program in ("x = bytearray(1 << 30)", "def double(x): return 'a' * (1 << 30)", growing):
         assert judge(program).status == "out_of_memory"
 
 
@@ -246,7 +248,12 @@ def test_programs_alone():
     assert check_output("print(1)\nimport sys; sys.exit(3)", "", "1").detail == "exit code 3"
     assert run_program("import sys; sys.exit(0)", limits=LIMITS).passed
     assert run_program("raise KeyError(1)", limits=LIMITS).stderr.endswith("KeyError: 1\n")
-    forged = "import os\nfor fd in range(3, 64):\n try: os.write(fd, b'{\"exit\": 0}\\n' * 9999)\n except OSError: pass\nos._exit(5)"
+    forged = """
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'{"exit": 0}\\n' * 9999)
+    except OSError: pass
+os._exit(5)"""
     assert run_program(forged, limits=LIMITS).detail == "exit code 5"
     assert "SECRET" not in run_program("import os; print(os.environ)", limits=LIMITS).stdout
 
