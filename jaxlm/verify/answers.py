@@ -1,8 +1,8 @@
 """Answers out of a model's text, and whether they are the ones expected. Pure functions, text in, text or score out.
 
-The two filters for GSM8K and the normalization of its exact match are those of EleutherAI's evaluation harness
-(task `gsm8k`); `squad_normalize`, `exact_match` and `f1` are SQuAD's official evaluation for English and MLQA's
-(Lewis et al. 2020, arXiv 1910.07475) for other languages, the usual one for XQuAD.
+The filters for GSM8K and MGSM and the normalization of their exact match are those of EleutherAI's evaluation
+harness (tasks `gsm8k`, `mgsm_native_cot`). `squad_normalize`, `exact_match` and `f1` are SQuAD's official evaluation
+for English and MLQA's (Lewis et al. 2020, arXiv 1910.07475) for other languages, the usual one for XQuAD.
 """
 
 import re
@@ -46,7 +46,7 @@ def _gsm8k_clean(text: str) -> str:
     return text.lower()
 
 
-MGSM_ANSWER = {
+MGSM_ANNOUNCEMENTS = {
     "bn": "উত্তর হল",
     "de": "Die Antwort lautet",
     "en": "The answer is",
@@ -61,6 +61,18 @@ MGSM_ANSWER = {
 }
 
 
+def mgsm_strict(text: str, language: str) -> str | None:
+    """The number after the first announcement of an answer, as the harness's task `mgsm_native_cot` reads it, or None.
+
+    The harness wants Bengali answers announced in English; for its flexible filter use `gsm8k_flexible`.
+    """
+    announcement = "The answer is" if language == "bn" else _announcement(language)
+    end = {"ja": "です。", "zh": "。"}.get(language, "")
+    space = "" if language == "ja" else " "
+    found = re.search(rf"{announcement}{space}(-?[0-9.,]+){end}", text)
+    return found[1] if found else None
+
+
 def mgsm_answer(text: str, language: str) -> str | None:
     """The number that a reply in one of MGSM's languages gives: after the last announcement of an answer as the
     data set's own examples word it ("The answer is 18."), else the last number of the text.
@@ -70,14 +82,18 @@ def mgsm_answer(text: str, language: str) -> str | None:
     Raises:
       ConfigError: a language that MGSM has not.
     """
-    if language not in MGSM_ANSWER:
-        raise ConfigError(f"MGSM has no language {language!r}, expected one of {', '.join(MGSM_ANSWER)}")
-    _, announced, after = text.rpartition(MGSM_ANSWER[language])
+    _, announced, after = text.rpartition(_announcement(language))
     if announced:
         number = _NUMBER.search(_plain_digits(after))
         if number:
             return number[0]
     return last_number(text)
+
+
+def _announcement(language: str) -> str:
+    if language not in MGSM_ANNOUNCEMENTS:
+        raise ConfigError(f"MGSM has no language {language!r}, expected one of {', '.join(MGSM_ANNOUNCEMENTS)}")
+    return MGSM_ANNOUNCEMENTS[language]
 
 
 _NUMBER = re.compile(

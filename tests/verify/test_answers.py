@@ -32,6 +32,11 @@ def test_mgsm():
     assert A.mgsm_answer("16 - 3 = 13。答案是 13。", "zh") == "13"
     assert A.mgsm_answer("উত্তর হল ১৮।", "bn") == "18"
     assert A.mgsm_answer("maybe 5, or 7", "en") == "7"
+    assert A.mgsm_strict("La réponse est 1,000. La réponse est 2.", "fr") == "1,000."
+    assert A.mgsm_strict("答えは18です。", "ja") == "18"
+    assert A.mgsm_strict("答案是 13。", "zh") == "13"
+    assert A.mgsm_strict("The answer is 5", "bn") == "5"
+    assert A.mgsm_strict("答案是13", "zh") is A.mgsm_strict("উত্তর হল 18", "bn") is None
     with pytest.raises(ConfigError, match="no language 'it'"):
         A.mgsm_answer("", "it")
 

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
 from jaxlm.core.errors import ConfigError
+from jaxlm.verify import sandbox
 from jaxlm.verify.sandbox import Job, Limits, check_output, run_many, run_program, run_tests
 
 LIMITS = Limits(seconds=10, memory_mb=256)
@@ -226,6 +228,54 @@ def test_endless_programs_time_out(program):
     assert len(verdict.stdout) <= SHORT.output_bytes
 
 
+@pytest.fixture
+def without_namespaces(tmp_path, monkeypatch):
+    """The sandbox as it is where the kernel grants no namespaces."""
+    folder = os.path.dirname(sandbox.__file__)
+    warden = tmp_path / "warden.py"
+    warden.write_text(f"""
+import sys
+sys.path.insert(0, {folder!r})
+import _jail
+def refuse(*args): raise OSError("no namespaces")
+_jail._enter_namespaces = _jail._enter_user_namespace = refuse
+_jail.main(int(sys.argv[1]), int(sys.argv[2]))
+""")
+    monkeypatch.setattr(sandbox, "_WARDEN", str(warden))
+
+
+@pytest.mark.usefixtures("without_namespaces")
+def test_without_namespaces_the_verdicts_are_the_same():
+    right = judge("def double(x): return x + x")
+    assert right.passed
+    assert not {"network", "processes", "files"} & set(right.isolation)
+    assert judge(FORGERIES["equals everything"]).status == "failed"
+    assert judge(FORGERIES["writes to every descriptor"]).status == "failed"
+    for name in ("fork bomb", "opens a socket", "kills its parent", "writes outside"):
+        assert judge(FORBIDDEN[name]).status == "forbidden", name
+    assert judge(ENDLESS["sleeps ignoring signals"], limits=SHORT).status == "timeout"
+    assert judge("x = bytearray(1 << 30)").status == "out_of_memory"
+    spying = "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb')\ndef double(x): return x + x"
+    assert judge(spying).status == "failed"
+
+
+@pytest.mark.usefixtures("without_namespaces")
+def test_without_namespaces_orphans_are_swept_up():
+    marker = f"orphan-{os.getpid()}"
+    program = AROUND_THE_HOOK + f"""
+import os
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execv({sys.executable!r}, [{sys.executable!r}, "-c", "import time; time.sleep(60)", {marker!r}])
+    os._exit(0)
+os.wait()
+print("started")
+"""
+    assert run_program(program, limits=LIMITS).stdout == "started\n"
+    assert marker not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
 def test_memory_is_limited():
     growing = "x = []\nwhile True: x += [0] * 9999"
     for program in ("x = bytearray(1 << 30)", "def double(x): return 'a' * (1 << 30)", growing):
@@ -272,10 +322,26 @@ def test_many_jobs_keep_their_order():
     assert [v.passed for v in run_many(jobs, workers=2, limits=LIMITS)] == [i % 3 != 1 for i in range(7)]
 
 
+def test_a_starved_timeout_is_tried_again_alone(monkeypatch):
+    runs = []
+
+    def run(job, limits):
+        runs.append(job)
+        cpu = {"starved": 0.1, "busy": 1.0}[job.program]
+        status = "passed" if runs.count(job) == 2 else "timeout"
+        return sandbox.Verdict(status, "", seconds=1.0, cpu_seconds=cpu)
+
+    monkeypatch.setattr(sandbox, "run", run)
+    assert [v.status for v in run_many([Job("starved"), Job("busy")], workers=2)] == ["passed", "timeout"]
+
+
 def test_nothing_is_left_behind():
-    run_program("import os, time\nos.setsid() if os.getpid() > 2 else 0\ntime.sleep(60)", limits=SHORT)
+    before = set(os.listdir(tempfile.gettempdir()))
+    run_program("import time\nopen('x', 'w').write('y')\ntime.sleep(60)", limits=SHORT)
     wardens = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout.splitlines()
     assert not [line for line in wardens if line.split()[0] == str(os.getpid()) and "_jail.py" in line]
+    mine = [name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("jail-")]
+    assert not [name for name in mine if os.path.exists(os.path.join(tempfile.gettempdir(), name, "root"))]
 
 
 def test_importing_the_sandbox_imports_no_jax():
