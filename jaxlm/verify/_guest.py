@@ -320,7 +320,8 @@ def _exit_code(error: SystemExit) -> int:
 
 def _print_error(error: BaseException) -> int:
     try:
-        traceback.print_exception(error, limit=-20)
+        first = error.__traceback__  # a frame of this module
+        traceback.print_exception(type(error), error, first and first.tb_next, limit=-20)
     except BaseException:
         return 1
     return 1

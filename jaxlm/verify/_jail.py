@@ -90,7 +90,7 @@ def _run(job: dict, folder: str, isolation: list[str], report_fd: int, channel_f
     # Only now: what was forked never had it in memory.
     nonce = _read_exactly(0, 32).decode()
     limits = {facts[0]: 1 << 16, events[0]: 1 << 16, out[0]: job["output_bytes"], err[0]: job["output_bytes"]}
-    streams, ended = _watch(pid, started + job["seconds"], limits)
+    streams, ended = _watch(facts[0], started + job["seconds"], limits)
     seconds = time.monotonic() - started
     _sweep(pid, namespaces)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -113,15 +113,19 @@ def _run(job: dict, folder: str, isolation: list[str], report_fd: int, channel_f
     }
 
 
-def _watch(pid: int, deadline: float, limits: dict[int, int]) -> tuple[dict[int, bytes], str]:
-    """Reads pipes, up to their limits, until the guest ends, time is up, or the host closes standard input."""
+def _watch(facts: int, deadline: float, limits: dict[int, int]) -> tuple[dict[int, bytes], str]:
+    """Reads pipes, up to their limits, until the init ends, time is up, or the host closes standard input.
+
+    The init alone holds the other end of `facts`. The guest may close its pipes and go on, or end and leave them
+    open in a child, so those say nothing.
+    """
     streams = dict.fromkeys(limits, b"")
     waiting = [0, *streams]
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
             return streams, "timeout"
-        ready, _, _ = select.select(waiting, [], [], min(left, 0.02))
+        ready, _, _ = select.select(waiting, [], [], left)
         for fd in ready:
             data = os.read(fd, 1 << 16)
             if fd == 0:
@@ -129,8 +133,7 @@ def _watch(pid: int, deadline: float, limits: dict[int, int]) -> tuple[dict[int,
             streams[fd] += data[: max(0, limits[fd] - len(streams[fd]))]
             if not data:
                 waiting.remove(fd)
-        # The guest may close its pipes and go on, or leave them open in a child and end.
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+        if facts not in waiting:
             _drain(streams, limits)
             return streams, "exited"
 

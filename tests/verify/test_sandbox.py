@@ -1,6 +1,7 @@
 """Right programs pass; wrong, endless, greedy and hostile ones get the verdict that is theirs, and leave nothing."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -193,6 +194,13 @@ def test_the_kernel_refuses_what_gets_around_the_hook(needs, action, tmp_path):
         verdict = run_program(AROUND_THE_HOOK + values + action + "\nprint('done')", limits=LIMITS)
     assert not verdict.passed
     assert "done" not in verdict.stdout
+
+
+def test_namespaces_are_used_where_the_kernel_grants_them():
+    probe = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--mount", "--fork", "true"]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True).returncode != 0:
+        pytest.skip("no namespaces here")
+    assert {"network", "processes", "files"} <= set(run_program("", limits=LIMITS).isolation)
 
 
 def test_reads_nothing_of_the_parent():
