@@ -1,0 +1,1 @@
+"""Text in, verdict out: running generated programs, extracting and comparing answers. Imports no JAX."""
