@@ -95,13 +95,13 @@ def token_loss_sums(
     `loss`, has a gradient.
     """
     batch, length, _ = hidden.shape
-    chunk_length = chunk_length or _default_chunk(batch, length, vocab_size)
+    chunk_length = chunk_length or default_chunk(batch, length, vocab_size)
     pad = -length % chunk_length
     if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
         targets, weights = (jnp.pad(x, ((0, 0), (0, pad))) for x in (targets, weights))
     # The length is cut inside each row: rows stay on their devices.
-    cut = functools.partial(_cut, chunk_length=chunk_length)
+    cut = functools.partial(cut_chunks, chunk_length=chunk_length)
     piece = functools.partial(_chunk_sums, head, z_loss)
     if implementation == "reference":
         sums = _scan_chunks(piece, head_params, cut(hidden), cut(targets), cut(weights))
@@ -111,7 +111,7 @@ def token_loss_sums(
     return dict(zip(("loss", "nll", "correct"), sums, strict=True))
 
 
-def _default_chunk(batch: int, length: int, vocab_size: int) -> int:
+def default_chunk(batch: int, length: int, vocab_size: int) -> int:
     """As much of each row as keeps a chunk's float32 logits below `_CHUNK_BYTES` on a device."""
     rows = batch / (sharding.axis_size("data") * sharding.axis_size("fsdp"))
     columns = vocab_size / sharding.axis_size("tensor")
@@ -120,7 +120,8 @@ def _default_chunk(batch: int, length: int, vocab_size: int) -> int:
     return -(-length // chunks)
 
 
-def _cut(x: Array, chunk_length: int) -> Array:
+def cut_chunks(x: Array, chunk_length: int) -> Array:
+    """`[batch, length, ...]` to `[length / chunk_length, batch, chunk_length, ...]`."""
     batch, length, *rest = x.shape
     return jnp.moveaxis(x.reshape(batch, length // chunk_length, chunk_length, *rest), 1, 0)
 
