@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxlm.core.errors import DataError
 from jaxlm.data.tokenizers import Tokenizer
-from jaxlm.scoring.tokens import Progress, score_rolling, score_tokens
+from jaxlm.scoring.tokens import score_rolling, score_tokens
 
 
 class Encoding(Protocol):
