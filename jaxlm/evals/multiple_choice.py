@@ -154,18 +154,24 @@ def few_shot(examples: Sequence[Question], question: Question, separator: str = 
     return dataclasses.replace(question, context=separator.join([*solved, question.context]))
 
 
-def question_from_record(record: Mapping[str, Any], where: str, template: str = "Question: {question}\nAnswer:") -> Question:
+def question_from_record(
+    record: Mapping[str, Any], where: str, template: str = "Question: {question}\nAnswer:"
+) -> Question:
     """The `Question` in an object with `question`, `choices` and `answer`.
 
     `answer`: an index from 0, a letter from A, or the text of a choice (the text wins where a choice is itself a
     letter). `template` makes the context of the question. Raises `DataError` that begins with `where`.
     """
-    for field, kinds, expected in (("question", str, "text"), ("choices", list, "a list"), ("answer", (int, str), "")):
+    for field, kinds, expected in (
+        ("question", str, "text"),
+        ("choices", list, "a list"),
+        ("answer", (int, str), "an index, a letter or a choice"),
+    ):
         if field not in record:
             raise DataError(f"{where}: no field '{field}' (fields present: {', '.join(record) or 'none'})")
-        if not isinstance(record[field], kinds) or isinstance(record[field], bool):
-            kind = type(record[field]).__name__
-            raise DataError(f"{where}: field '{field}' holds {kind}, expected {expected or 'an index, letter or choice'}")
+        value = record[field]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise DataError(f"{where}: field '{field}' holds {type(value).__name__}, expected {expected}")
     choices, answer = record["choices"], record["answer"]
     if not all(isinstance(choice, str) for choice in choices):
         raise DataError(f"{where}: field 'choices' holds {choices!r}, expected texts")
