@@ -103,6 +103,28 @@ def list_files(path: str | Path) -> list[tuple[Path, str]]:
     return [(file, name) for name, file in named]
 
 
+def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a `.jsonl` or `.jsonl.gz` file with their line numbers, from 1; blank lines are skipped.
+
+    Raises `DataError` for a line that is not UTF-8 or not JSON, and for truncated gzip.
+    """
+    offset = 0
+    with _open(file) as stream:
+        for number, line in enumerate(_lines(stream, file), 1):
+            text = _decode(line, file, offset)
+            offset += len(line)
+            if number == 1:
+                text = text.removeprefix("\ufeff")
+            if not text.strip():
+                continue
+            try:
+                value = json.loads(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                at = f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
+                raise DataError(f"{file} line {number}: malformed JSON{at}") from error
+            yield number, value
+
+
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
@@ -132,21 +154,8 @@ def _read_text(file: Path, name: str, text_field: str) -> Iterator[Document]:
 
 
 def _read_json_lines(file: Path, name: str, text_field: str) -> Iterator[Document]:
-    offset = 0
-    with _open(file) as stream:
-        for number, line in enumerate(_lines(stream, file), 1):
-            text = _decode(line, file, offset)
-            offset += len(line)
-            if number == 1:
-                text = text.removeprefix("\ufeff")
-            if not text.strip():
-                continue
-            where = f"{file} line {number}"
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg}") from error
-            yield Document(_field(row, text_field, where), f"{name}:{number}")
+    for number, row in json_lines(file):
+        yield Document(_field(row, text_field, f"{file} line {number}"), f"{name}:{number}")
 
 
 def _read_parquet(file: Path, name: str, text_field: str) -> Iterator[Document]:

@@ -89,6 +89,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._special_ids
 
     @property
+    def control_tokens(self) -> Mapping[str, int]:
+        return {text: i for i, text in self._special_text.items()}
+
+    @property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self._definition.encode()).hexdigest()
         return fingerprint([self.kind, digest, self._special_ids])

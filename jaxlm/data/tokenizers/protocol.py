@@ -37,6 +37,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def control_tokens(self) -> Mapping[str, int]:
+        """Special ids by their spelling, which chat templates write; those known by role alone are not here."""
+        return {name: i for name, i in self.special_ids.items() if name not in ("bos", "eos", "pad")}
+
+    @property
     def fingerprint(self) -> str:
         """A hex digest; equal for two tokenizers exactly if they map text to ids alike."""
         ...

@@ -60,6 +60,7 @@ class SentencePieceTokenizer(Tokenizer):
                 self._token_bytes.append(piece.replace(_SPACE, " ").encode())
         if len(self._byte_ids) < 256:
             raise ConfigError("the SentencePiece model has no byte pieces: train it with byte fallback")
+        self._control_tokens = special
         self._special_ids = {**_roles(processor), **_without_roles(special, processor)}
         self._separable = not any(re.search(rb"[^ ] ", piece) for piece in self._token_bytes)
         for probe in _PROBES:
@@ -76,6 +77,10 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def special_ids(self) -> Mapping[str, int]:
         return self._special_ids
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        return self._control_tokens
 
     @property
     def fingerprint(self) -> str:

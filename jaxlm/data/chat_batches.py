@@ -1,0 +1,212 @@
+"""Fine-tuning batches from examples in memory: a pure function of (fingerprint, seed, step), so resume is a seek.
+
+Each class is an iterator as the training loop and checkpoints expect it (`next`, `get_state`, `set_state`, `close`).
+In each epoch, rows come in an order keyed by seed and epoch; batches run on over the end of an epoch.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxlm.core.configs import differences
+from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.data.chat_examples import Labeled
+from jaxlm.data.packing import Batch, Piece, Plan, fill_rows, pack_best_fit_decreasing
+from jaxlm.data.permutation import permutation_key, permuted
+from jaxlm.data.pipeline import local_rows
+
+
+class ExampleBatches:
+    """Endless batches of rows of examples. `source[step]` is the batch at a step; `next` gives them in order.
+
+    A subclass sets `count`, the number of rows, and writes `gather`.
+
+    Args:
+      examples: what rows are made of; their contents decide the fingerprint.
+      batch_size: rows in the global batch.
+      length: pairs in a row.
+      seed: of the order.
+      process_index, process_count: which rows of each batch this process reads.
+    """
+
+    kind = ""
+    count: int
+
+    def __init__(
+        self,
+        examples: Sequence[Batch],
+        *,
+        batch_size: int,
+        length: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if not examples:
+            raise DataError("no examples to make batches of")
+        longest = max(len(example["inputs"]) for example in examples)
+        if longest > length:
+            raise DataError(f"an example has {longest} pairs, but rows hold {length}: drop or truncate it first")
+        self.examples, self.batch_size, self.length, self.seed = examples, batch_size, length, seed
+        self.local = local_rows(batch_size, process_index, process_count)
+        self.next_step = 0
+        self.fingerprint = _fingerprint(examples)
+
+    def gather(self, rows: Int[np.ndarray, "rows"], following: Int[np.ndarray, "rows"]) -> Batch:
+        """The arrays of some rows, axis 0 being the rows; `following[i]` comes after `rows[i]` in the batch."""
+        raise NotImplementedError
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Batches in which every row occurs once."""
+        return self.count / self.batch_size
+
+    def __getitem__(self, step: int) -> Batch:
+        rows = self.row_indices(step)
+        local = slice(self.local.start, self.local.stop)
+        return self.gather(rows[local], np.roll(rows, -1)[local])
+
+    def row_indices(self, step: int) -> Int[np.ndarray, "batch_size"]:
+        """The rows in the global batch at a step."""
+        drawn = int(step) * self.batch_size + np.arange(self.batch_size)
+        epoch, position = np.divmod(drawn, self.count)
+        key = np.array([permutation_key(self.seed, self.kind, e) for e in epoch.tolist()], dtype=np.uint64)
+        return permuted(position, self.count, key)
+
+    def one_pass(self) -> Iterator[Batch]:
+        """Every row once, in order, for evaluation; the last batch is filled up with zeros."""
+        for start in range(0, self.count, self.batch_size):
+            mine = np.arange(self.local.start, self.local.stop) + start
+            rows = np.minimum(mine, self.count - 1)
+            batch = self.gather(rows, (rows + 1) % self.count)
+            kept = mine < self.count
+            yield {name: x * kept.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype) for name, x in batch.items()}
+
+    def __iter__(self) -> "ExampleBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self[self.next_step]
+        self.next_step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON for a checkpoint; the same on all processes."""
+        return {"next_step": self.next_step, **self.identity()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues where the iterator with that state was; `DataError` if it read other data or otherwise."""
+        saved = {name: state.get(name) for name in self.identity()}
+        if changed := differences(saved, self.identity()):
+            raise DataError(f"the checkpoint was trained on other data: {'; '.join(changed)}")
+        self.next_step = int(state["next_step"])
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between saving and resuming (the number of processes may)."""
+        return {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "length": self.length,
+        }
+
+    def close(self) -> None:
+        """Nothing to stop: everything is in memory."""
+
+
+class ChatBatches(ExampleBatches):
+    """Examples packed whole by best fit decreasing (Ding et al. 2024, arXiv 2404.10830): `inputs, targets,
+    loss_weights, segment_ids, positions`, each `[batch, length]`. With `pack=False` each has a row to itself."""
+
+    kind = "chat"
+
+    def __init__(self, examples: Sequence[Batch], *, pack: bool = True, **settings: Any):
+        super().__init__(examples, **settings)
+        lengths = [len(example["inputs"]) for example in examples]
+        if pack:
+            self.plan = pack_best_fit_decreasing(lengths, self.length)
+        else:
+            self.plan = [[Piece(i, 0, n)] for i, n in enumerate(lengths)]
+        self.pack = pack
+        self.count = len(self.plan)
+
+    def gather(self, rows, following):
+        return fill_rows(self.examples, [self.plan[r] for r in rows], self.length)
+
+    def identity(self):
+        return {**super().identity(), "pack": self.pack}
+
+
+class PairBatches(ExampleBatches):
+    """Preference pairs: arrays `[batch, 2, length]`, chosen first. More arrays in the examples (stored
+    `reference_log_probs`, say) come along."""
+
+    kind = "pairs"
+
+    def __init__(self, pairs: Sequence[tuple[Batch, Batch]], **settings: Any):
+        super().__init__([example for pair in pairs for example in pair], **settings)
+        self.count = len(pairs)
+
+    def gather(self, rows, following):
+        plan = _whole(self.examples, np.stack([2 * rows, 2 * rows + 1], axis=1).reshape(-1))
+        filled = fill_rows(self.examples, plan, self.length)
+        return {name: x.reshape(len(rows), 2, self.length) for name, x in filled.items()}
+
+
+class LabeledBatches(ExampleBatches):
+    """KTO's batches: arrays `[batch, length]`, `labels` `[batch]` (float32, 1 desirable), and under `kl_...` each
+    row's prompt with the completion of the row after it in the global batch, cut to `length`.
+
+    Raises `ConfigError` for batches of one row, which have no other completion, `DataError` for one example.
+    """
+
+    kind = "labeled"
+
+    def __init__(self, data: Labeled, **settings: Any):
+        super().__init__(data.examples, **settings)
+        if self.batch_size < 2:
+            raise ConfigError("batch size is 1: KTO needs another row's completion, so 2 or more")
+        if len(data.examples) < 2:
+            raise DataError("one example: KTO needs another one's completion")
+        self.data, self.count = data, len(data.examples)
+        text = f"{self.fingerprint} {data.prompt_tokens} {data.labels}"
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def gather(self, rows, following):
+        batch = fill_rows(self.examples, _whole(self.examples, rows), self.length)
+        mixed = [self._mismatched(int(r), int(f)) for r, f in zip(rows, following)]
+        kl = fill_rows(mixed, _whole(mixed, np.arange(len(mixed))), self.length)
+        labels = np.asarray([self.data.labels[r] for r in rows], dtype=np.float32)
+        return {**batch, **{f"kl_{name}": x for name, x in kl.items()}, "labels": labels}
+
+    def _mismatched(self, row: int, other: int) -> Batch:
+        """The prompt of one example and the completion of another: pair t has token t + 1 as its target."""
+        start, other_start = self.data.prompt_tokens[row], self.data.prompt_tokens[other]
+        mine, theirs = self.examples[row], self.examples[other]
+        first = mine["inputs"][:1] if start else theirs["inputs"][:0]
+        prompt = np.concatenate([first, mine["targets"][: max(start - 1, 0)]])
+        completion = theirs["targets"][other_start - 1 :] if other_start else theirs["targets"]
+        weights = theirs["loss_weights"][other_start - 1 :] if other_start else theirs["loss_weights"]
+        tokens = np.concatenate([prompt, completion])
+        weights = np.concatenate([np.zeros(len(prompt), np.float32), weights])
+        pairs = {"inputs": tokens[:-1], "targets": tokens[1:], "loss_weights": weights[1:]}
+        return {name: x[: self.length] for name, x in pairs.items()}
+
+
+def _whole(examples: Sequence[Batch], indices: Sequence[int]) -> Plan:
+    """A plan with one example a row."""
+    return [[Piece(int(i), 0, len(examples[int(i)]["inputs"]))] for i in indices]
+
+
+def _fingerprint(examples: Sequence[Batch]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        for name in sorted(example):
+            array = np.ascontiguousarray(example[name])
+            digest.update(f"{name} {array.dtype} {array.shape};".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,311 @@
+"""A model's own chat template: Jinja, rendered in a sandbox, with every message kept plain text.
+
+Which characters of a rendering are the template's and which a message's is found by rendering twice: with the real
+contents, and with an unguessable mark in place of each. Putting the contents into the second rendering must give the
+first; then the template alone can have written control tokens, and the places of the replies are known.
+
+Where the two disagree (a template that looks into contents: one that moves or drops reasoning, say), contents are
+rendered with each control token in them replaced by a mark. The control tokens of that rendering must then be those
+of the rendering with marks, in the same order, or the chat is refused. A reply is what lies between the last piece of
+text that a generation prompt would end with and the next control token.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import re
+import secrets
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.data.chat import ChatTemplate, Message, Part, user_text
+
+_MAX_SOURCE = 1 << 18
+_MAX_OUTPUT = 1 << 24
+_MAX_LINES = 2_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class JinjaTemplate(ChatTemplate):
+    """A Jinja template as `transformers` renders them (`messages`, `add_generation_prompt`, `bos_token`, ...).
+
+    `variables` are passed to the template. `date` is what `strftime_now` formats (ISO, by default today): pin it where
+    a template writes the date, or its ids change from day to day. `{% generation %}` blocks, where there are any, say
+    what the assistant wrote; otherwise it is a reply's content and the text after it up to the next control token,
+    that token included.
+
+    Raises `ConfigError` for a template that does not parse, is longer than 256 KiB, runs without end (more than two
+    million lines of its compiled form), or writes more than 16 MiB; `DataError` for messages that it refuses
+    (`raise_exception`) or whose rendering cannot be told from the template's own text.
+    """
+
+    source: str
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    date: str | None = None
+
+    def __post_init__(self):
+        import jinja2
+
+        if len(self.source) > _MAX_SOURCE:
+            raise ConfigError(f"the chat template has {len(self.source)} characters, expected {_MAX_SOURCE} at most")
+        try:
+            self._compiled  # noqa: B018
+        except jinja2.TemplateError as error:
+            line = f" in line {error.lineno}" if getattr(error, "lineno", None) else ""
+            raise ConfigError(f"the chat template does not parse{line}: {error}") from error
+
+    def parts(self, messages, tokenizer, *, add_generation_prompt=False):
+        spelled = {i: text for text, i in tokenizer.control_tokens.items()}
+        named = {
+            f"{role}_token": spelled[i] for role, i in tokenizer.special_ids.items() if role in ("bos", "eos", "pad")
+            if i in spelled
+        }  # fmt: skip
+        messages = [{**m, "content": user_text(m)} for m in messages]
+        render = functools.partial(self._render, named=named, add_generation_prompt=add_generation_prompt)
+        control = _pattern(tokenizer.control_tokens)
+        real = _without(*render(messages))
+        marks = [_mark() for _ in messages]
+        # Templates keep the blanks around a content, or trim them: then the mark takes only the place between.
+        for keep in (str, str.strip):
+            contents = [keep(m["content"]) for m in messages]
+            replaced = [{**m, "content": m["content"].replace(c, k)} for m, c, k in zip(messages, contents, marks)]
+            marked, ends = render(replaced)
+            parts = _split(marked, dict(zip(marks, range(len(marks)))), ends, control, contents, messages)
+            if "".join(p.text for p in parts) == real:
+                return parts if ends[0] in marked else _with_end_of_turn(parts)
+        return self._protected(messages, render, control, marked, marks, named)
+
+    def _protected(
+        self,
+        messages: Sequence[Message],
+        render: Callable,
+        control: re.Pattern,
+        marked: str,
+        marks: Sequence[str],
+        named: Mapping[str, str],
+    ) -> list[Part]:
+        """The parts of a chat whose contents the template looks into."""
+        hidden: dict[str, str] = {}
+
+        def hide(match: re.Match) -> str:
+            mark = _mark()
+            hidden[mark] = match[0]
+            return mark
+
+        safe, ends = render([{**m, "content": control.sub(hide, m["content"])} for m in messages])
+        pieces, expected = _pieces(safe, control), _pieces(marked, control)
+        if [c for c, _ in pieces] != [c for c, _ in expected]:
+            raise DataError("the chat template writes other control tokens for this chat than its turns call for")
+        has_blocks = ends[0] in safe
+        prompt, _ = self._render(
+            [{**messages[0], "role": "user", "content": "x"}], named=named, add_generation_prompt=True
+        )
+        lead = _pieces(prompt, control)[-1][1]
+        reply_marks = [mark for m, mark in zip(messages, marks) if m["role"] == "assistant"]
+        parts, inside, trained = [], False, False
+        for (name, text), (_, frame) in zip(pieces, expected, strict=True):
+            if name is not None:
+                parts.append(Part(name, True, inside if has_blocks else trained))
+            trained = False
+            if has_blocks:
+                for piece in re.split(f"({'|'.join(map(re.escape, ends))})", text):
+                    if piece in ends:
+                        inside = piece == ends[0]
+                    elif piece:
+                        parts.append(Part(_restore(piece, hidden), False, inside))
+                continue
+            if found := [mark for mark in reply_marks if mark in frame]:
+                before = frame[: frame.index(found[0])]
+                before = lead if lead and before.startswith(lead) else before
+                if not text.startswith(before):
+                    turn = marks.index(found[0]) + 1
+                    raise DataError(f"turn {turn}: the chat template changes the reply beyond recognition")
+                parts.append(Part(_restore(before, hidden)))
+                text, trained = text[len(before) :], True
+            parts.append(Part(_restore(text, hidden), False, trained))
+        return [p for p in parts if p.text]
+
+    def _render(
+        self, messages: Sequence[Message], *, named: Mapping[str, str], add_generation_prompt: bool
+    ) -> tuple[str, tuple[str, str]]:
+        """The rendering with a mark before and after each generation block, and these two marks."""
+        import jinja2
+
+        ends = (_mark(), _mark())
+        date = datetime.datetime.fromisoformat(self.date) if self.date else datetime.datetime.now()
+        variables = {
+            "tools": None,
+            "documents": None,
+            **named,
+            **self.variables,
+            "messages": [dict(m) for m in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "strftime_now": date.strftime,
+            "raise_exception": _raise,
+            "_generation_marks": ends,
+        }
+        try:
+            with _LineBudget():
+                pieces, size = [], 0
+                for piece in self._compiled.generate(variables):
+                    pieces.append(piece)
+                    size += len(piece)
+                    if size > _MAX_OUTPUT:
+                        raise ConfigError(f"the chat template wrote more than {_MAX_OUTPUT} characters")
+        except (_Refused, RecursionError) as error:
+            raise DataError(f"the chat template refuses these messages: {error}") from error
+        except ConfigError:
+            raise
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            raise DataError(f"the chat template fails on these messages: {error}") from error
+        return "".join(pieces), ends
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        return _environment().from_string(self.source)
+
+
+class _Refused(Exception):
+    """What `raise_exception` raises."""
+
+
+def _raise(message: str) -> None:
+    raise _Refused(message)
+
+
+@functools.cache
+def _environment() -> Any:
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %} ... {% endgeneration %}` puts a mark before and after what it holds."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            marks = jinja2.nodes.ContextReference()
+            call = self.call_method("_around", [marks])
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _around(self, context: Any, caller: Callable) -> str:
+            before, after = context["_generation_marks"]
+            return before + caller() + after
+
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """Refuses products and powers that would fill the memory."""
+
+        intercepted_binops = frozenset(["*", "**"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [len(x) if isinstance(x, (str, list, tuple)) else 0 for x in (left, right)]
+            if operator == "**" or (any(sizes) and max(sizes) * max(_number(left), _number(right)) > _MAX_OUTPUT):
+                raise jinja2.TemplateRuntimeError(f"the operation {operator} is refused here")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+
+    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment.filters["tojson"] = tojson
+    return environment
+
+
+def _number(x: Any) -> float:
+    return x if isinstance(x, (int, float)) else 0
+
+
+class _LineBudget:
+    """Counts the lines that compiled templates execute in this thread, and stops them when there are too many."""
+
+    def __enter__(self) -> None:
+        self._left, self._before = _MAX_LINES, sys.gettrace()
+        sys.settrace(self._trace)
+
+    def __exit__(self, *exc: Any) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame: Any, event: str, argument: Any) -> Callable | None:
+        # Jinja compiles templates given as text to code of this name.
+        return self._count if frame.f_code.co_filename == "<template>" else None
+
+    def _count(self, frame: Any, event: str, argument: Any) -> Callable:
+        self._left -= 1
+        if self._left < 0:
+            raise ConfigError(f"the chat template runs on and on: more than {_MAX_LINES} lines executed")
+        return self._count
+
+
+def _mark() -> str:
+    return f"\ue000{secrets.token_hex(16)}\ue001"
+
+
+def _without(text: str, marks: Sequence[str]) -> str:
+    for mark in marks:
+        text = text.replace(mark, "")
+    return text
+
+
+def _pattern(control: Mapping[str, int]) -> re.Pattern:
+    # An empty set of alternatives must match nothing.
+    return re.compile("|".join(re.escape(t) for t in sorted(control, key=len, reverse=True) if t) or "(?!)")
+
+
+def _pieces(text: str, control: re.Pattern) -> list[tuple[str | None, str]]:
+    """Control tokens, each with the text up to the next; the first piece has none."""
+    found, start, name = [], 0, None
+    for match in control.finditer(text):
+        found.append((name, text[start : match.start()]))
+        start, name = match.end(), match[0]
+    return [*found, (name, text[start:])]
+
+
+def _restore(text: str, hidden: Mapping[str, str]) -> str:
+    return re.sub("\ue000[0-9a-f]{32}\ue001", lambda m: hidden.get(m[0], m[0]), text)
+
+
+def _split(
+    marked: str,
+    index: Mapping[str, int],
+    ends: Sequence[str],
+    control: re.Pattern,
+    contents: Sequence[str],
+    messages: Sequence[Message],
+) -> list[Part]:
+    """The parts of a rendering with marks: contents in their places, control tokens in the rest."""
+    by_role = ends[0] not in marked
+    parts: list[Part] = []
+    inside = False
+    for piece in re.split("(\ue000[0-9a-f]{32}\ue001)", marked):
+        if piece in ends:
+            inside = piece == ends[0]
+        elif piece in index:
+            i = index[piece]
+            parts.append(Part(contents[i], False, messages[i]["role"] == "assistant" if by_role else inside))
+        else:
+            for name, text in _pieces(piece, control):
+                parts += [Part(name, True, inside)] if name is not None else []
+                parts += [Part(text, False, inside)] if text else []
+    return parts
+
+
+def _with_end_of_turn(parts: Sequence[Part]) -> list[Part]:
+    """Trains what follows a reply up to the next control token, with that token."""
+    done, open_turn = [], False
+    for part in parts:
+        open_turn = open_turn or (part.trained and not part.control)
+        done.append(part._replace(trained=part.trained or open_turn))
+        if part.control:
+            open_turn = False
+    # Where no control token ends the last reply, the template's tail (a newline, say) is not the assistant's.
+    if open_turn:
+        last = max(i for i, p in enumerate(parts) if p.trained)
+        done[last + 1 :] = parts[last + 1 :]
+    return done
