@@ -1,5 +1,6 @@
 """Decoding: one state machine for all sampling, logit processors, text in and out, refill."""
 
+from jaxlm.decoding.batches import complete
 from jaxlm.decoding.generate import GenerationConfig, GenerationOutput, generate
 from jaxlm.decoding.generator import GenerationState, Generator
 from jaxlm.decoding.processors import (
@@ -16,7 +17,7 @@ from jaxlm.decoding.processors import (
 )
 from jaxlm.decoding.refill import Sample, generate_refilled, refilled
 from jaxlm.decoding.stepper import DecoderStepper, Stepper
-from jaxlm.decoding.text import Completion, generate_text, stream_text
+from jaxlm.decoding.text import Completion, Prompt, generate_text, stream_text
 
 __all__ = [
     "Appended",
@@ -32,11 +33,13 @@ __all__ = [
     "History",
     "MinP",
     "Processor",
+    "Prompt",
     "RepetitionPenalty",
     "Sample",
     "Stepper",
     "TopK",
     "TopP",
+    "complete",
     "generate",
     "generate_refilled",
     "generate_text",

@@ -5,8 +5,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Key
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.decoding.generate import GenerationConfig, start
@@ -33,6 +35,10 @@ class Tokenizer(Protocol):
         ...
 
 
+Prompt = str | Sequence[int]
+"""A text, whose ids come after the BOS id, or ids, taken as they are (a chat with its control tokens)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """One sample. `text` ends before a stop string; `tokens` and `logprobs` include what ended it.
@@ -50,15 +56,19 @@ def generate_text(
     stepper: Stepper,
     params: Params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     config: GenerationConfig,
+    *,
+    stop_ids: Sequence[int] | None = None,
+    keys: Key[jax.Array, "prompts"] | None = None,
 ) -> list[list[Completion]]:
     """`config.num_samples` continuations of each prompt.
 
-    A prompt is its text's ids after the BOS id. Stop strings are looked for in the bytes of the new tokens, so they may
-    begin and end inside of tokens; whichever is complete first ends the sample.
+    Stop strings are looked for in the bytes of the new tokens, so they may begin and end inside of tokens; whichever is
+    complete first ends the sample. `stop_ids` end it too; by default the tokenizer's EOS. `keys` are those of
+    `generate`.
     """
-    generator, begun = _start(stepper, params, tokenizer, prompts, config)
+    generator, begun = _start(stepper, params, tokenizer, prompts, config, stop_ids=stop_ids, keys=keys)
     texts = [_Text(tokenizer, config.stop) for _ in range(len(prompts) * config.num_samples)]
     chunk = 16 if config.stop else config.max_new_tokens
     *_, (state, _) = _run(generator, params, begun, texts, chunk, config)
@@ -79,11 +89,12 @@ def stream_text(
     stepper: Stepper,
     params: Params,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     config: GenerationConfig,
     *,
     sample: int = 0,
     chunk: int = 4,
+    stop_ids: Sequence[int] | None = None,
 ) -> Iterator[str]:
     """Yields the text of one sample piece by piece, `chunk` tokens at a time.
 
@@ -91,7 +102,7 @@ def stream_text(
     The pieces joined are the text of sample number `sample` that `generate_text` gives for this prompt.
     """
     config = dataclasses.replace(config, num_samples=1)
-    generator, state = _start(stepper, params, tokenizer, [prompt], config, sample)
+    generator, state = _start(stepper, params, tokenizer, [prompt], config, first_sample=sample, stop_ids=stop_ids)
     text = _Text(tokenizer, config.stop)
     for _, (piece,) in _run(generator, params, state, [text], chunk, config):
         if piece:
@@ -100,26 +111,36 @@ def stream_text(
         yield tail
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The ids that a prompt stands for."""
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    begin = [tokenizer.special_ids["bos"]] if "bos" in tokenizer.special_ids else []
+    return begin + list(tokenizer.encode(prompt))
+
+
 def _start(
     stepper: Stepper,
     params: Params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     config: GenerationConfig,
+    *,
     first_sample: int = 0,
+    stop_ids: Sequence[int] | None = None,
+    keys: jax.Array | None = None,
 ) -> tuple[Generator, GenerationState]:
     known, modeled = tokenizer.vocab_size, stepper.vocab_size
     if known > modeled:
         raise ConfigError(f"a tokenizer with {known} ids for a model with {modeled}")
     # Models round their vocabulary up; what is beyond the tokenizer's stands for nothing.
     surplus = (Forbid(jnp.arange(modeled) >= known),) if known < modeled else ()
-    special = tokenizer.special_ids
-    begin = [special["bos"]] if "bos" in special else []
-    ids = [begin + list(tokenizer.encode(prompt)) for prompt in prompts]
-    stop_ids = [special["eos"]] if "eos" in special else []
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    if stop_ids is None:
+        stop_ids = [tokenizer.special_ids["eos"]] if "eos" in tokenizer.special_ids else []
     generator = Generator(stepper)
-    state = start(generator, params, ids, config, stop_ids=stop_ids, processors=surplus, first_sample=first_sample)
-    return generator, state
+    options = {"stop_ids": stop_ids, "processors": surplus, "keys": keys, "first_sample": first_sample}
+    return generator, start(generator, params, ids, config, **options)
 
 
 def _run(

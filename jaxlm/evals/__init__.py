@@ -1,5 +1,51 @@
 """Evaluations of models."""
 
+from jaxlm.evals.generation import Problem, Solved, Verdict, exact_match, few_shot_prompt, match_metrics, solve
 from jaxlm.evals.likelihood import Likelihood, likelihood, make_sums
+from jaxlm.evals.multiple_choice import ChoiceScores, Question, choice_metrics, few_shot, score_questions
+from jaxlm.evals.stats import Estimate, bootstrap, mcnemar, mean, wilson_interval
+from jaxlm.evals.tasks import (
+    EvaluationConfig,
+    Generation,
+    MultipleChoice,
+    Perplexity,
+    Task,
+    TaskResult,
+    evaluate_task,
+    find_task,
+    register,
+    task_names,
+)
 
-__all__ = ["Likelihood", "likelihood", "make_sums"]
+__all__ = [
+    "ChoiceScores",
+    "Estimate",
+    "EvaluationConfig",
+    "Generation",
+    "Likelihood",
+    "MultipleChoice",
+    "Perplexity",
+    "Problem",
+    "Question",
+    "Solved",
+    "Task",
+    "TaskResult",
+    "Verdict",
+    "bootstrap",
+    "choice_metrics",
+    "evaluate_task",
+    "exact_match",
+    "few_shot",
+    "few_shot_prompt",
+    "find_task",
+    "likelihood",
+    "make_sums",
+    "match_metrics",
+    "mcnemar",
+    "mean",
+    "register",
+    "score_questions",
+    "solve",
+    "task_names",
+    "wilson_interval",
+]

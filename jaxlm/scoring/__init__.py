@@ -1,0 +1,28 @@
+"""Bucketed forward passes: log-likelihoods of tokens, pairs and texts."""
+
+from jaxlm.scoring.pairs import (
+    Encoding,
+    PairScore,
+    TextScore,
+    TokenizerEncoding,
+    encode_pair,
+    score_pairs,
+    score_texts,
+)
+from jaxlm.scoring.tokens import TokenScores, score_rolling, score_tokens
+from jaxlm.scoring.windows import Window, rolling_windows
+
+__all__ = [
+    "Encoding",
+    "PairScore",
+    "TextScore",
+    "TokenScores",
+    "TokenizerEncoding",
+    "Window",
+    "encode_pair",
+    "rolling_windows",
+    "score_pairs",
+    "score_rolling",
+    "score_texts",
+    "score_tokens",
+]
