@@ -64,6 +64,9 @@ class JinjaTemplate(ChatTemplate):
             f"{role}_token": spelled[i] for role, i in tokenizer.special_ids.items() if role in ("bos", "eos", "pad")
             if i in spelled
         }  # fmt: skip
+        # One moment for all renderings of a chat: they are compared.
+        date = datetime.datetime.fromisoformat(self.date) if self.date else datetime.datetime.now()
+        named["strftime_now"] = date.strftime
         messages = [{**m, "content": user_text(m)} for m in messages]
         render = functools.partial(self._render, named=named)
         control = _pattern(tokenizer.control_tokens)
@@ -131,13 +134,12 @@ class JinjaTemplate(ChatTemplate):
         return [p for p in parts if p.text]
 
     def _render(
-        self, messages: Sequence[Message], prompt: bool, *, named: Mapping[str, str]
+        self, messages: Sequence[Message], prompt: bool, *, named: Mapping[str, Any]
     ) -> tuple[str, tuple[str, str]]:
         """The rendering with a mark before and after each generation block, and these two marks."""
         import jinja2
 
         ends = (_mark(), _mark())
-        date = datetime.datetime.fromisoformat(self.date) if self.date else datetime.datetime.now()
         variables = {
             "tools": None,
             "documents": None,
@@ -145,7 +147,6 @@ class JinjaTemplate(ChatTemplate):
             **self.variables,
             "messages": [dict(m) for m in messages],
             "add_generation_prompt": prompt,
-            "strftime_now": date.strftime,
             "raise_exception": _raise,
             "_generation_marks": ends,
         }
