@@ -295,7 +295,7 @@ def _fresh_main() -> types.ModuleType:
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
     sys.argv = ["program.py"]
-    for name in ("_guest", "_wire", "ctypes", "_ctypes"):
+    for name in ("_guest", "_isolation", "_wire", "ctypes", "_ctypes"):
         sys.modules.pop(name, None)
     return main
 

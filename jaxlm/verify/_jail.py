@@ -10,7 +10,6 @@ still has limits, an audit hook, an unprivileged user where it can take one, and
 report says which of these held.
 """
 
-import ctypes
 import json
 import os
 import resource
@@ -24,16 +23,9 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import _guest
+import _isolation
 
 del sys.path[0]
-
-NOBODY = 65534
-NEW_USER, NEW_PID, NEW_NET, NEW_IPC, NEW_UTS, NEW_MOUNT = 1 << 28, 1 << 29, 1 << 30, 1 << 27, 1 << 26, 1 << 17
-SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache")
-DEVICES = ("null", "zero", "full", "random", "urandom")
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 36, 38
-LINUX = sys.platform.startswith("linux")
 
 
 def main(report_fd: int, channel_fd: int) -> None:
@@ -55,14 +47,14 @@ def main(report_fd: int, channel_fd: int) -> None:
 
 
 def _run(job: dict, folder: str, isolation: list[str], report_fd: int, channel_fd: int) -> dict[str, Any]:
-    namespaces = LINUX and _in_child(_enter_namespaces)
+    namespaces = _isolation.LINUX and _isolation.in_child(_isolation.enter_namespaces)
     if namespaces:
-        _enter_namespaces()
+        _isolation.enter_namespaces()
         isolation += ["network", "processes"]
     else:
-        isolation += ["own user"] if _become_nobody(folder) else []
-    _prctl(PR_SET_DUMPABLE, 0)
-    _prctl(PR_SET_SUBREAPER, 1)
+        isolation += ["own user"] if _isolation.become_nobody(folder) else []
+    _isolation.prctl(_isolation.PR_SET_DUMPABLE, 0)
+    _isolation.prctl(_isolation.PR_SET_SUBREAPER, 1)
     facts, events, out, err = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     path = os.path.join(folder, "stdin")
     with open(path, "wb") as file:
@@ -75,7 +67,7 @@ def _run(job: dict, folder: str, isolation: list[str], report_fd: int, channel_f
         code = 70
         try:
             os.setsid()
-            _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            _isolation.prctl(_isolation.PR_SET_PDEATHSIG, signal.SIGKILL)
             for source, target in ((stdin, 0), (out[1], 1), (err[1], 2)):
                 os.dup2(source, target)
             _close_all_but({0, 1, 2, facts[1], events[1]} | ({channel_fd} if channel_fd >= 0 else set()))
@@ -173,7 +165,7 @@ def _sweep(pid: int, namespaces: bool) -> None:
 def _children() -> list[int]:
     """Processes whose parent is this one: orphans of the jail come here, as their subreaper."""
     found = []
-    for name in os.listdir("/proc") if LINUX else ():
+    for name in os.listdir("/proc") if _isolation.LINUX else ():
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat") as file:
@@ -194,7 +186,7 @@ def _init(job: dict, folder: str, namespaces: bool, facts: int, events: int, cha
     if namespaces:
         proc = os.open("/proc", os.O_RDONLY)
         try:
-            work = _private_root(folder, job)
+            work = _isolation.private_root(folder, job)
             state({"files": True})
         except OSError as error:
             state({"files": False, "reason": str(error)})
@@ -220,12 +212,12 @@ def _init(job: dict, folder: str, namespaces: bool, facts: int, events: int, cha
 def _be_guest(job: dict, namespaces: bool, work: str, proc: int, tell: Any, channel_fd: int) -> int:
     try:
         if proc >= 0:
-            if _become_nobody(work):
+            if _isolation.become_nobody(work):
                 tell({"nobody": True})
             if not _own_user_namespace(proc):
                 namespaces = False
         _limit(job, namespaces)
-        _drop_capabilities()
+        _isolation.drop_capabilities()
         os.environ.update(HOME=work, TMPDIR=work)
         tempfile.tempdir = None
         channel = _guest.socket.socket(fileno=channel_fd) if channel_fd >= 0 else None
@@ -241,7 +233,7 @@ def _be_guest(job: dict, namespaces: bool, work: str, proc: int, tell: Any, chan
 
 def _own_user_namespace(proc: int) -> bool:
     try:
-        _enter_user_namespace(proc)
+        _isolation.enter_user_namespace(proc)
     except OSError:
         return False
     return True
@@ -267,157 +259,8 @@ def _limit(job: dict, namespaces: bool) -> None:
         try:
             resource.setrlimit(kind, (value, value))
         except (ValueError, OSError):
-            if LINUX:
+            if _isolation.LINUX:
                 raise
-
-
-def _private_root(folder: str, job: dict) -> str:
-    """Replaces the file system by one that holds Python and system libraries, read-only, and an empty /tmp.
-
-    There is no /proc in it and nothing of the user's.
-    """
-    # Not before this point: the warden keeps the file system that it will clean up.
-    _check(LIBC.unshare(NEW_MOUNT), "unshare")
-    _mount("none", "/", None, MS_REC | MS_PRIVATE)
-    root = os.path.join(folder, "root")
-    os.mkdir(root)
-    _mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    python = {sys.base_prefix, os.path.dirname(os.__file__), *(p for p in sys.path if os.path.isdir(p))}
-    shown: list[str] = []
-    for path in sorted({*SYSTEM_FOLDERS, *(os.path.realpath(p) for p in python), *python}):
-        if not os.path.exists(path) or path == "/" or any(path.startswith(s + "/") for s in shown):
-            continue
-        target = root + path
-        if os.path.lexists(target):
-            continue
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        if os.path.islink(path):
-            os.symlink(os.readlink(path), target)
-            continue
-        _show(path, target, read_only=True)
-        shown.append(path)
-    os.mkdir(root + "/dev")
-    for name in DEVICES:
-        if os.path.exists(f"/dev/{name}"):
-            _show(f"/dev/{name}", f"{root}/dev/{name}")
-    os.mkdir(root + "/tmp")
-    _set_read_only(root, recursive=False)
-    _mount("tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={4 * job['file_mb']}m,mode=1777")
-    os.chdir(root)
-    _check(LIBC.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
-    _check(LIBC.umount2(b".", MNT_DETACH), "umount2")
-    os.chdir("/")
-    return "/tmp"
-
-
-def _show(path: str, target: str, read_only: bool = False) -> None:
-    if os.path.isdir(path):
-        os.mkdir(target)
-    else:
-        os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
-    _mount(path, target, None, MS_BIND | MS_REC)
-    if read_only:
-        _set_read_only(target, recursive=True)
-
-
-def _set_read_only(path: str, recursive: bool) -> None:
-    attributes = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # struct mount_attr: MOUNT_ATTR_RDONLY
-    flags = 0x8000 if recursive else 0  # AT_RECURSIVE
-    number = 442  # mount_setattr has one number on every architecture
-    _check(LIBC.syscall(number, -1, path.encode(), flags, ctypes.byref(attributes), 32), "mount_setattr")
-
-
-_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
-
-
-def _mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
-    data = options.encode() if options else None
-    done = LIBC.mount(source.encode(), target.encode(), kind.encode() if kind else None, ctypes.c_ulong(flags), data)
-    _check(done, f"mount {target}")
-
-
-def _enter_namespaces() -> None:
-    """New PID, network, IPC and UTS namespaces; for those who are not root, in a new user namespace."""
-    kinds = NEW_PID | NEW_NET | NEW_IPC | NEW_UTS
-    if os.geteuid() == 0 and LIBC.unshare(kinds) == 0:
-        return
-    _enter_user_namespace(os.open("/proc", os.O_RDONLY))
-    _check(LIBC.unshare(kinds), "unshare")
-
-
-def _enter_user_namespace(proc: int) -> None:
-    """A new user namespace with the user mapped to itself; `proc` is a descriptor of /proc, which is closed.
-
-    In a namespace of its own the user's processes are counted anew.
-    """
-    user, group = os.getuid(), os.getgid()
-    _prctl(PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root, and the maps cannot be written
-    _check(LIBC.unshare(NEW_USER), "unshare")
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-        file = os.open(f"self/{name}", os.O_WRONLY, dir_fd=proc)
-        os.write(file, text.encode())
-        os.close(file)
-    os.close(proc)
-
-
-def _in_child(function: Any) -> bool:
-    """Whether a function works, tried in a child process."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            function()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-def _become_nobody(folder: str) -> bool:
-    """Takes a user without rights where this is root and that user can read this Python; returns whether it did."""
-
-    def become() -> None:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-
-    def works() -> None:
-        become()
-        os.listdir(os.path.dirname(os.__file__))
-        os.listdir(folder)
-
-    if not LINUX or os.geteuid() != 0:
-        return False
-    try:
-        os.chown(folder, NOBODY, NOBODY)
-    except OSError:  # the root of a container that has no other users
-        return False
-    if not _in_child(works):
-        os.chown(folder, 0, 0)
-        return False
-    become()
-    return True
-
-
-def _drop_capabilities() -> None:
-    if not LINUX:
-        return
-    for capability in range(64):
-        LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    LIBC.capset(ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)()))
-    _prctl(PR_SET_NO_NEW_PRIVS, 1)
-
-
-def _prctl(option: int, value: int) -> None:
-    if LINUX:
-        LIBC.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
-
-
-def _check(result: int, what: str) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
 def _messages(data: bytes) -> dict[str, Any]:
@@ -451,8 +294,6 @@ def _read_exactly(fd: int, count: int) -> bytes:
         data += part
     return data
 
-
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]))

@@ -244,9 +244,9 @@ def without_namespaces(tmp_path, monkeypatch):
     warden.write_text(f"""
 import sys
 sys.path.insert(0, {folder!r})
-import _jail
+import _isolation, _jail
 def refuse(*args): raise OSError("no namespaces")
-_jail._enter_namespaces = _jail._enter_user_namespace = refuse
+_isolation.enter_namespaces = _isolation.enter_user_namespace = refuse
 _jail.main(int(sys.argv[1]), int(sys.argv[2]))
 """)
     monkeypatch.setattr(sandbox, "_WARDEN", str(warden))
