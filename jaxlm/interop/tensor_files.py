@@ -149,15 +149,19 @@ class Planned:
 
 
 def write_tensors(
-    folder: Path, tensors: Sequence[Planned], values: Iterable[np.ndarray], max_shard_bytes: int
+    folder: Path,
+    tensors: Sequence[Planned],
+    values: Iterable[np.ndarray],
+    max_shard_bytes: int,
+    single: str = SINGLE,
 ) -> list[str]:
-    """Writes tensors to `model.safetensors`, or to shards of at most so many bytes (or one tensor) with an index.
+    """Writes tensors to the file `single`, or to shards of at most so many bytes (or one tensor) with an index.
 
     `values` yields the arrays in the order of `tensors`, and is asked for the next one when the last is on disk.
     Equal input gives equal bytes. Returns the names of the files.
     """
     shards = _shards(tensors, max_shard_bytes)
-    names = [SINGLE]
+    names = [single]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     values = iter(values)
