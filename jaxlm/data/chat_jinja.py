@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxlm.core.errors import ConfigError, DataError
-from jaxlm.data.chat import ChatTemplate, Message, Part, user_text
+from jaxlm.data.chat import ChatTemplate, Message, Part, Plain, chat_template, user_text
 
 _MAX_SOURCE = 1 << 18
 _MAX_OUTPUT = 1 << 24
@@ -169,6 +169,13 @@ class JinjaTemplate(ChatTemplate):
     @functools.cached_property
     def _compiled(self) -> Any:
         return _environment().from_string(self.source)
+
+
+def model_template(name: str, source: str | None) -> ChatTemplate:
+    """The template to talk to a model with: by name, or with `auto` its own Jinja `source`, `plain` if it has none."""
+    if name != "auto":
+        return chat_template(name)
+    return JinjaTemplate(source) if source else Plain()
 
 
 class _Refused(Exception):

@@ -1,5 +1,6 @@
 """A model by whatever names it: a run, an adapter, a GGUF file, a Hugging Face folder or name."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxlm.core.errors import CheckpointError, ConfigError
+from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.interop.pretrained import Pretrained
 
 PACKAGE = "package:"
@@ -30,11 +32,10 @@ def load(path: str | Path, *, dtype: str = "float32", packed: bool = False, mesh
     from jaxlm.interop import gguf, huggingface
 
     name = str(path)
-    if name.startswith(PACKAGE):
-        return gguf.load(find_in_package(name.removeprefix(PACKAGE)), dtype=dtype, packed=packed, mesh=mesh)
+    if is_gguf(path):
+        file = find_in_package(name.removeprefix(PACKAGE)) if name.startswith(PACKAGE) else path
+        return gguf.load(file, dtype=dtype, packed=packed, mesh=mesh)
     folder = Path(path)
-    if folder.suffix == ".gguf":
-        return gguf.load(folder, dtype=dtype, packed=packed, mesh=mesh)
     for result in ("adapter", "model"):  # of a fine-tuning run
         if (folder / result).is_dir() and (folder / "config.json").is_file():
             folder = folder / result
@@ -49,7 +50,16 @@ def load(path: str | Path, *, dtype: str = "float32", packed: bool = False, mesh
         return _load_run(folder, mesh)
     if folder.is_file():
         raise CheckpointError(f"{name}: not a .gguf file, and a model of another format is a folder")
-    return huggingface.load(path, dtype=dtype, mesh=mesh)
+    found = huggingface.load(folder if folder.is_dir() else path, dtype=dtype, mesh=mesh)
+    if found.tokenizer is None and (folder.parent / "tokenizer").is_dir():  # a tokenizer that has no tokenizer.json
+        tokenizer = load_tokenizer(folder.parent / "tokenizer")
+        found = dataclasses.replace(found, tokenizer=tokenizer, stop_ids=(tokenizer.special_ids["eos"],))
+    return found
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether `load` would read a GGUF file, whose weights may stay packed."""
+    return str(path).startswith(PACKAGE) or Path(path).suffix == ".gguf"
 
 
 def find_in_package(name: str) -> Path:

@@ -148,6 +148,11 @@ def load_adapter(
     return Pretrained(base.config, params, base.tokenizer, base.chat_template, base.stop_ids)
 
 
+def check_adaptable(config: DecoderConfig) -> None:
+    """Raises `ConfigError` for a model whose adapters this format cannot hold."""
+    _modules(config)
+
+
 def _read_factors(file: Path, modules: dict[str, str], config: DecoderConfig, rank: int) -> dict:
     """`(path, layer) -> (a, b)` of an adapter's file, each factor in float32."""
     names = {module.format(i=i): (path, i) for module, path in modules.items() for i in range(config.num_layers)}

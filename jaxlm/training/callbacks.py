@@ -76,8 +76,10 @@ class Evaluate(_Nothing):
             return
         self.log.log(step, self.latest)
         if self.progress is not None:
-            values = "  ".join(f"{name} {value:.4f}" for name, value in self.latest.items() if "bits" in name)
-            self.progress.note(f"step {step}: {values}")
+            shown = [name for name in self.latest if "bits" in name] or [n for n in self.latest if n.endswith("loss")]
+            if shown:
+                values = "  ".join(f"{name} {self.latest[name]:.4f}" for name in shown)
+                self.progress.note(f"step {step}: {values}")
 
 
 @dataclasses.dataclass

