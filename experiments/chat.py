@@ -4,7 +4,7 @@
     python -m experiments.chat --model runs/finetune-small --system "You are a pirate." --temperature 0
     python -m experiments.chat --model FOLDER --prompt "What is the capital of France?"
 
-An empty line or Ctrl-D ends; `/reset` begins anew. What does not fit in the context any more is forgotten, oldest first.
+An empty line or Ctrl-D ends; `/reset` begins anew. What no longer fits in the context is forgotten, oldest first.
 """
 
 import dataclasses

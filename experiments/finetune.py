@@ -116,6 +116,7 @@ PRESETS: Mapping[str, Config] = {
         data=ChatDataConfig(sequence_length=32, validation=0.25),
         lora=LoraConfig(rank=2),
         steps=4,
+        batch_size=8,
         checkpoint_every=2,
         prompts=("1+1?",),
         sample_tokens=8,
@@ -141,18 +142,18 @@ def run(config: Config, out: Path) -> Report:
 
 
 def _train(config: Config, out: Path) -> Report:
-    import jax
 
     from jaxlm.core import trees
     from jaxlm.core.sharding import make_mesh
     from jaxlm.data.chat_jinja import model_template
     from jaxlm.interop.load import load
+    from jaxlm.testing import tiny_checkpoint
     from jaxlm.training import Checkpoints, Evaluate, Interrupted, Log, Save, fit
     from jaxlm.training.progress import Progress
     from jaxlm.training.run_log import RunLog
 
     mesh = make_mesh(config.mesh)
-    base = tiny(out / "base") if config.model == TINY else config.model
+    base = tiny_checkpoint(out / "base") if config.model == TINY else config.model
     found = load(base, dtype=config.dtype, packed=config.packed, mesh=mesh)
     if found.tokenizer is None:
         raise ConfigError(f"{base} comes without a tokenizer")
@@ -164,7 +165,7 @@ def _train(config: Config, out: Path) -> Report:
     for note in notes:
         print(note, flush=True)
 
-    meta = {"config": to_dict(config), "base": fingerprint(found.params)}
+    meta = {"config": to_dict(config), "base": trees.fingerprint(found.params)}
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
     restored = checkpoints.restore(program.abstract_state)
     if restored is None:
@@ -218,6 +219,7 @@ def make_batches(config: Config, found: Any, template: Any) -> tuple[Any, Any, l
     import numpy as np
 
     from jaxlm.data import chat_batches, chat_examples, chat_records
+    from jaxlm.testing import toy_records
 
     data = config.data
     if data.sequence_length > found.config.max_length:
@@ -262,7 +264,7 @@ def make_program(config: Config, found: Any, mesh: Any, steps: int) -> tuple[Any
     from jaxlm.core import trees
     from jaxlm.interop.peft import check_adaptable
     from jaxlm.optim.roles import label
-    from jaxlm.peft.lora import add_lora, adapted_axes, is_lora
+    from jaxlm.peft.lora import adapted_axes, add_lora, is_lora
     from jaxlm.training import Program
 
     params, model = found.params, found.model
@@ -355,6 +357,7 @@ def export(config: Config, found: Any, params: Any, base: str, out: Path) -> Pat
     from jaxlm.data.tokenizers import HuggingFaceTokenizer
     from jaxlm.interop import huggingface
     from jaxlm.interop.peft import save_adapter
+    from jaxlm.training import keep_tokenizer
 
     if config.method == "lora" and not config.merge:
         save_adapter(out / "adapter", found.config, params, str(Path(base).resolve()) if Path(base).exists() else base)
@@ -374,15 +377,6 @@ def export(config: Config, found: Any, params: Any, base: str, out: Path) -> Pat
     return out / "model"
 
 
-def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Saves a tokenizer that has no `tokenizer.json` beside the model."""
-    from jaxlm.data.cache import atomic_folder
-
-    if not folder.exists():
-        with atomic_folder(folder) as temporary:
-            tokenizer.save(temporary)
-
-
 def reply(config: Config, found: Any, template: Any, params: Any, when: str) -> tuple[Sample, ...]:
     """Greedy replies to the configured prompts."""
     from jaxlm.data.chat import stop_ids
@@ -398,60 +392,6 @@ def reply(config: Config, found: Any, template: Any, params: Any, when: str) -> 
     stops = tuple({*found.stop_ids, *stop_ids(template, found.tokenizer)})
     texts = generate_text(DecoderStepper(found.model), params, found.tokenizer, ids, settings, stop_ids=stops)
     return tuple(Sample(f"{p} ({when})", t[0].text) for p, t in zip(config.prompts, texts, strict=True))
-
-
-def fingerprint(params: Any) -> str:
-    """A hash of the base's bytes (of its shapes where other processes hold parts): what a resumed run must find."""
-    import hashlib
-
-    import jax
-    import numpy as np
-
-    from jaxlm.core import trees
-
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in trees.named_leaves(params):
-        digest.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
-        if leaf.is_fully_addressable:
-            digest.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def tiny(folder: Path) -> Path:
-    """A random two-layer Llama on bytes, saved as a model: the smoke preset's."""
-    import jax
-
-    from jaxlm.data.tokenizers import ByteTokenizer
-    from jaxlm.interop import huggingface
-    from jaxlm.models import Decoder
-    from jaxlm.testing import tiny_config
-
-    if not folder.exists():
-        config = tiny_config("llama", vocab_size=259, max_length=64)
-        keep_tokenizer(ByteTokenizer(), folder.parent / "tokenizer")
-        huggingface.save(folder, config, jax.jit(Decoder(config).init)(jax.random.key(0))["params"])
-    return folder
-
-
-def toy_records(kind: str) -> list[Any]:
-    """Sums and their results, for the tiny model."""
-    from jaxlm.data.chat_records import ChatRecord, LabeledRecord, PreferenceRecord
-
-    def said(role: str, text: str) -> tuple[dict[str, str], ...]:
-        return ({"role": role, "content": text},)
-
-    found: list[Any] = []
-    for a in range(4):
-        for b in range(4):
-            where, prompt, right = f"toy {a} {b}", said("user", f"{a}+{b}?"), said("assistant", str(a + b))
-            if kind == "chat":
-                found.append(ChatRecord((*prompt, *right), None, where))
-            elif kind == "pair":
-                found.append(PreferenceRecord(prompt, right, said("assistant", "no"), where))
-            else:
-                found += [LabeledRecord(prompt, right, True, where)]
-                found += [LabeledRecord(prompt, said("assistant", "no"), False, where)]
-    return found
 
 
 def report(out: Path, numbers: dict[str, Any], notes: list[str], samples: tuple[Sample, ...]) -> Report:

@@ -19,7 +19,7 @@ from typing import Any
 
 from experiments import runner
 from jaxlm.core.configs import to_dict
-from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.core.errors import ConfigError
 from jaxlm.core.precision import BFLOAT16
 from jaxlm.core.sharding import MeshConfig
 from jaxlm.data.prepare import DataConfig, Prepared, mixture_weights, prepare_data
@@ -171,7 +171,7 @@ def _train(config: Config, out: Path) -> Report:
     from jaxlm.core import trees
     from jaxlm.data.pipeline import make_train_iterator
     from jaxlm.models.flops import train_flops_per_token
-    from jaxlm.training import Checkpoints, Evaluate, Interrupted, Log, Profile, Save, fit
+    from jaxlm.training import Checkpoints, Evaluate, Interrupted, Log, Profile, Save, fit, keep_tokenizer
     from jaxlm.training.progress import Progress
     from jaxlm.training.run_log import RunLog
 
@@ -244,22 +244,6 @@ def check_vocabulary(config: Config, data: Prepared) -> None:
         raise ConfigError(
             f"the tokenizer has {data.tokenizer.vocab_size} ids but model.vocab_size is {config.model.vocab_size}: "
             f"set --model.vocab_size {data.tokenizer.vocab_size} or more, or a smaller --data.vocab_size"
-        )
-
-
-def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Saves the tokenizer with the run, or checks that the run was started with the same one."""
-    from jaxlm.core.distributed import is_main_process
-    from jaxlm.data.cache import atomic_folder
-    from jaxlm.data.tokenizers import load_tokenizer
-
-    if not folder.exists() and is_main_process():
-        with atomic_folder(folder) as temporary:
-            tokenizer.save(temporary)
-    elif folder.exists() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
-        raise DataError(
-            f"{folder} is not the tokenizer that the data gives now: the text has changed since the run began; "
-            "train on it in another folder, with --out"
         )
 
 

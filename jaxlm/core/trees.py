@@ -5,6 +5,7 @@ whole with `None` where the other tree holds the leaf, so Optax and `jax.grad` s
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -121,3 +122,16 @@ def num_bytes(tree: PyTree) -> int:
         return math.ceil(math.prod(leaf.shape) * bits / 8)
 
     return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def fingerprint(tree: PyTree) -> str:
+    """A hash of the paths, shapes, formats and bytes of a tree's arrays.
+
+    Of arrays that other processes hold parts of, the bytes are left out.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in named_leaves(tree):
+        digest.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
+        if getattr(leaf, "is_fully_addressable", True):
+            digest.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -36,8 +36,8 @@ def load(path: str | Path, *, dtype: str = "float32", packed: bool = False, mesh
         file = find_in_package(name.removeprefix(PACKAGE)) if name.startswith(PACKAGE) else path
         return gguf.load(file, dtype=dtype, packed=packed, mesh=mesh)
     folder = Path(path)
-    for result in ("adapter", "model"):  # of a fine-tuning run
-        if (folder / result).is_dir() and (folder / "config.json").is_file():
+    for result, sign in (("adapter", "adapter_config.json"), ("model", "config.json")):  # of a fine-tuning run
+        if (folder / result / sign).is_file():
             folder = folder / result
             break
     if (folder / "adapter_config.json").is_file():

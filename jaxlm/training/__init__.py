@@ -4,7 +4,7 @@ from jaxlm.training.callbacks import Evaluate, Log, Profile, Save
 from jaxlm.training.checkpoints import Checkpoints, Restored, load_meta, load_params
 from jaxlm.training.loop import Callback, Interrupted, fit
 from jaxlm.training.program import Program
-from jaxlm.training.runs import Run, exclusive, load_run
+from jaxlm.training.runs import Run, exclusive, keep_tokenizer, load_run
 from jaxlm.training.state import TrainState, init_state, state_shardings
 from jaxlm.training.step import Gradients, accumulate, make_step
 
@@ -25,6 +25,7 @@ __all__ = [
     "exclusive",
     "fit",
     "init_state",
+    "keep_tokenizer",
     "load_meta",
     "load_params",
     "load_run",

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from jaxlm.core import sharding
 from jaxlm.core.configs import from_dict
 from jaxlm.core.distributed import is_main_process
-from jaxlm.core.errors import CheckpointError
+from jaxlm.core.errors import CheckpointError, DataError
+from jaxlm.data.cache import atomic_folder
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.models import Decoder, DecoderConfig
 from jaxlm.training.checkpoints import load_meta, load_params
@@ -90,3 +91,18 @@ def _lock(file: int, folder: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise CheckpointError(f"{folder} is in use: another run is writing to it (choose another --out)") from None
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Saves the tokenizer with a run, or checks that the run was started with the same one.
+
+    Raises `DataError` if it was not.
+    """
+    if not folder.exists() and is_main_process():
+        with atomic_folder(folder) as temporary:
+            tokenizer.save(temporary)
+    elif folder.exists() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{folder} is not the tokenizer that the data gives now: the text has changed since the run began; "
+            "train on it in another folder, with --out"
+        )
