@@ -118,7 +118,8 @@ def _reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
@@ -142,7 +143,7 @@ def _serve() -> None:
                 start = time.perf_counter()
                 once()
                 seconds.append(time.perf_counter() - start)
-            print(json.dumps({"seconds": seconds, "peak_bytes": _peak_bytes()}), file=answers, flush=True)
+            print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), file=answers, flush=True)
 
 
 if __name__ == "__main__":
