@@ -1,18 +1,17 @@
 """Evaluations of models."""
 
 from jaxlm.evals.generation import Problem, Solved, Verdict, exact_match, few_shot_prompt, match_metrics, solve
-from jaxlm.evals.likelihood import Likelihood, likelihood, make_sums
+from jaxlm.evals.likelihood import Likelihood, likelihood, make_sums, source_likelihoods
+from jaxlm.evals.methods import EvaluationConfig, Generation, MultipleChoice, Passage, Perplexity, Task
 from jaxlm.evals.multiple_choice import ChoiceScores, Question, choice_metrics, few_shot, score_questions
 from jaxlm.evals.stats import Estimate, bootstrap, mcnemar, mean, wilson_interval
 from jaxlm.evals.tasks import (
-    EvaluationConfig,
-    Generation,
-    MultipleChoice,
-    Perplexity,
-    Task,
+    PreparedTask,
     TaskResult,
+    adapt,
     evaluate_task,
     find_task,
+    prepare_task,
     register,
     task_names,
 )
@@ -24,13 +23,16 @@ __all__ = [
     "Generation",
     "Likelihood",
     "MultipleChoice",
+    "Passage",
     "Perplexity",
+    "PreparedTask",
     "Problem",
     "Question",
     "Solved",
     "Task",
     "TaskResult",
     "Verdict",
+    "adapt",
     "bootstrap",
     "choice_metrics",
     "evaluate_task",
@@ -43,9 +45,11 @@ __all__ = [
     "match_metrics",
     "mcnemar",
     "mean",
+    "prepare_task",
     "register",
     "score_questions",
     "solve",
+    "source_likelihoods",
     "task_names",
     "wilson_interval",
 ]

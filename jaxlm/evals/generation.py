@@ -18,10 +18,14 @@ from jaxlm.evals.stats import Estimate
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A prompt, and what a judge needs to know: the answer as text, or a record with tests."""
+    """A prompt, and what a judge needs to know: the answer as text, or a record with tests.
+
+    `reply_start`: how the reply begins, which the completion goes on from; behind the template of a chat.
+    """
 
     prompt: str
     reference: Any
+    reply_start: str = ""
 
 
 class Verdict(NamedTuple):
@@ -57,6 +61,7 @@ def solve(
     config: GenerationConfig,
     *,
     format_prompt: Callable[[str], Prompt] = str,
+    encode: Callable[[str], Sequence[int]] | None = None,
     batch_size: int = 16,
     max_length: int | None = None,
     stop_ids: Sequence[int] | None = None,
@@ -64,15 +69,16 @@ def solve(
 ) -> list[Solved]:
     """Generates `config.num_samples` completions of each problem and has them judged.
 
-    `format_prompt` makes the prompt that the model sees, text or ids: a chat template, say. Prompts too long for
-    `max_length` (by default the model's context) lose their beginning. The other options are those of `complete`.
+    `format_prompt` makes the prompt that the model sees, text or ids: a chat template, say. `encode` gives the ids of
+    one that is text, by default BOS and the tokenizer's. Prompts too long for `max_length` (by default the model's
+    context) lose their beginning. The other options are those of `complete`.
     Raises `DataError` when the judge does not give a verdict on each completion.
     """
     found = complete(
         DecoderStepper(model),
         params,
         tokenizer,
-        [format_prompt(problem.prompt) for problem in problems],
+        [_prompt(problem, tokenizer, format_prompt, encode) for problem in problems],
         config,
         batch_size=batch_size,
         max_length=model.config.max_length if max_length is None else max_length,
@@ -130,3 +136,16 @@ def check_greedy(config: GenerationConfig) -> None:
     """Raises `ConfigError` for several samples of a problem that would all be the same one."""
     if config.num_samples > 1 and config.temperature == 0:
         raise ConfigError(f"generation.num_samples is {config.num_samples} at temperature 0: all would be equal")
+
+
+def _prompt(
+    problem: Problem,
+    tokenizer: Any,
+    format_prompt: Callable[[str], Prompt],
+    encode: Callable[[str], Sequence[int]] | None,
+) -> Prompt:
+    prompt = format_prompt(problem.prompt)
+    if not isinstance(prompt, str):
+        return [*prompt, *tokenizer.encode(problem.reply_start)]
+    prompt += problem.reply_start
+    return encode(prompt) if encode else prompt

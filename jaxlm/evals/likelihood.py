@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import DataError
+from jaxlm.data.pipeline import eval_batches
+from jaxlm.data.store import TokenStore
+from jaxlm.data.tokenizers import Tokenizer, token_byte_lengths
 from jaxlm.objectives.causal_lm import CausalLM
 
 
@@ -85,6 +88,26 @@ def likelihood(
         tokens=int(total["tokens"]),
         bytes=int(total["bytes"]),
     )
+
+
+def source_likelihoods(
+    model: Any,
+    params: Any,
+    tokenizer: Tokenizer,
+    store: TokenStore,
+    *,
+    batch_size: int,
+    length: int,
+    max_batches: int | None = None,
+) -> Iterator[tuple[str, Likelihood]]:
+    """Yields each source of a store with its `Likelihood`, in rows of `length` tokens."""
+    lengths = token_byte_lengths(tokenizer)
+    # Models round their vocabulary up; what is beyond the tokenizer's stands for no bytes.
+    lengths = np.pad(lengths, (0, model.config.vocab_size - len(lengths)))
+    sums = jax.jit(make_sums(CausalLM(model), lengths))
+    for source in store.source_names:
+        batches = eval_batches(store, source, batch_size=batch_size, length=length, max_batches=max_batches)
+        yield source, likelihood(sums, params, batches)
 
 
 def _add(total: dict[str, float], part: Mapping[str, Array]) -> None:

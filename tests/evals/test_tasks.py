@@ -12,17 +12,8 @@ from jaxlm.data.tokenizers import ByteTokenizer
 from jaxlm.decoding import GenerationConfig
 from jaxlm.evals import tasks
 from jaxlm.evals.generation import Problem, exact_match
-from jaxlm.evals.tasks import (
-    EvaluationConfig,
-    Generation,
-    MultipleChoice,
-    Task,
-    evaluate_task,
-    find_task,
-    register,
-    task_names,
-    text_metrics,
-)
+from jaxlm.evals.methods import EvaluationConfig, Generation, MultipleChoice, Task, text_metrics
+from jaxlm.evals.tasks import evaluate_task, find_task, register, task_names
 from jaxlm.interop import Pretrained
 from jaxlm.scoring import TextScore
 from jaxlm.testing import tiny_decoder
