@@ -62,7 +62,7 @@ class Config:
     max_batches: int | None = None
     """Stop early on each source of text; by default all of it is used."""
     batch_size: int = 16
-    """Rows that go through the model at once."""
+    """Rows that go through the model at once; fewer where texts as long as the context fill the memory."""
     json: str = ""
     """File to write the results to as well, with a record of each example."""
 

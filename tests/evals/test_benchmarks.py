@@ -1,6 +1,7 @@
 """Benchmarks ask as the harness asks, and their judges and metrics find what is right."""
 
 import functools
+import math
 import os
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ from jaxlm.evals.benchmarks import (
     run_code,
 )
 from jaxlm.evals.generation import Problem, Solved
-from jaxlm.evals.methods import Generation
+from jaxlm.evals.methods import Generation, Passage, Perplexity, Task
 from jaxlm.interop import Pretrained
 from jaxlm.testing import tiny_decoder
 from jaxlm.verify.answers import mgsm_strict
@@ -181,6 +182,14 @@ def test_on_a_model(name, expected, subject, folder):
     result = evaluate_task(task, subject, path=folder, config=EvaluationConfig(num_shots=0, limit=1))
     assert set(result.metrics) == expected
     assert len(result.examples) == 1
+
+
+def test_passages_are_counted_as_their_originals(subject):
+    given = Passage("abcd", num_words=7, num_bytes=50)
+    result = evaluate_task(Task("toy", lambda path: [given], Perplexity()), subject)
+    (record,) = result.examples
+    assert (record["num_tokens"], record["num_words"], record["num_bytes"]) == (4, 7, 50)
+    assert result.metrics["word_perplexity"].value == pytest.approx(math.exp(-record["log_likelihood"] / 7))
 
 
 def test_a_context_too_short_is_named_first(subject, folder):

@@ -2,17 +2,16 @@
 
 import json
 
-import jax
 import pytest
 
 from experiments import evaluate, runner
-from jaxlm.data.chat_jinja import JinjaTemplate
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
-from jaxlm.decoding import GenerationConfig
-from jaxlm.evals import evaluate_task, find_task, tasks
+from jaxlm.decoding import GenerationConfig, complete
+from jaxlm.evals import evaluate_task, find_task, generation, tasks
 from jaxlm.evals.generation import Problem, exact_match
 from jaxlm.evals.methods import EvaluationConfig, Generation, Task
 from jaxlm.interop import Pretrained, huggingface
+from jaxlm.scoring import TokenizerEncoding
 from jaxlm.testing import tiny_decoder
 from tests.evals.benchmark_files import write
 from tests.interop.checkpoints import tokenizer_definition
@@ -75,24 +74,25 @@ def test_tasks_and_text_from_the_command_line(model, subject, questions, tmp_pat
     )
 
 
-def test_prompts_become_a_users_turn(model, subject, tmp_path, monkeypatch):
-    """Completions are those of the ids that the template gives, with the beginning of the reply behind them."""
-    generation = Generation(GenerationConfig(max_new_tokens=8, temperature=0), exact_match(str))
-    toy = Task("toy", lambda path: [Problem(" the file\n", "x", "def ")], generation)
-    monkeypatch.setitem(tasks._TASKS, "toy", toy)
-    words = ["--model", model, "--tasks", "toy", "--chat_template", "True", "--json", str(tmp_path / "a.json")]
-    assert runner.execute_tool(evaluate, words) == 0
-    found = json.loads((tmp_path / "a.json").read_text())["tasks"]["toy"]["examples"][0]["completions"]
-    turn = [{"role": "user", "content": "the file"}]
-    ids = JinjaTemplate(TEMPLATE).encode(subject.tokenizer, turn, add_generation_prompt=True).ids.tolist()
-    given = [*ids, *subject.tokenizer.encode("def ")]
-    length = len(given)
-    for _ in range(8):  # greedy, one whole pass a token
-        logits = subject.model.apply({"params": subject.params}, jax.numpy.asarray([given]))
-        given.append(int(logits[0, -1, : subject.tokenizer.vocab_size].argmax()))
-        if given[-1] in subject.stop_ids:
-            break
-    assert found == [subject.tokenizer.decode(given[length:])]
+def test_prompts_become_a_users_turn(model, subject, monkeypatch):
+    """The template's ids, the beginning of the reply behind them; without the template the text's own ids."""
+    given = []
+
+    def record(stepper, params, tokenizer, prompts, *rest, **options):
+        given.extend(map(list, prompts))
+        return complete(stepper, params, tokenizer, prompts, *rest, **options)
+
+    monkeypatch.setattr(generation, "complete", record)
+    method = Generation(GenerationConfig(max_new_tokens=2, temperature=0), exact_match(str))
+    monkeypatch.setitem(tasks._TASKS, "toy", Task("toy", lambda path: [Problem(" the file\n", "x", "def ")], method))
+    words = ["--model", model, "--tasks", "toy"]
+    for more in (["--chat_template", "True"], [], ["--add_bos", "True"]):
+        assert runner.execute_tool(evaluate, [*words, *more]) == 0
+    encode = subject.tokenizer.encode
+    start, end = (subject.tokenizer.control_tokens[name] for name in ("<|im_start|>", "<|im_end|>"))
+    turn = [start, *encode("user\nthe file"), end, *encode("\n"), start, *encode("assistant\n")]
+    text = encode(" the file\ndef ")
+    assert given == [[*turn, *encode("def ")], text, [TokenizerEncoding(subject.tokenizer).prefix, *text]]
 
 
 @pytest.mark.parametrize(
