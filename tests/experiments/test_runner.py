@@ -238,9 +238,14 @@ def python(tmp_path):
 
     def start(*argv, **more):
         command = [sys.executable, *argv]
-        return subprocess.Popen(
-            command, cwd=tmp_path, env=env | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        # Where the tests run in the background of a shell, Ctrl-C is ignored, and processes inherit that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                command, cwd=tmp_path, env=env | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     return start
 
