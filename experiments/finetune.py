@@ -142,7 +142,6 @@ def run(config: Config, out: Path) -> Report:
 
 
 def _train(config: Config, out: Path) -> Report:
-
     from jaxlm.core import trees
     from jaxlm.core.sharding import make_mesh
     from jaxlm.data.chat_jinja import model_template

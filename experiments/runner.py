@@ -48,7 +48,7 @@ def execute(experiment: ModuleType, argv: Sequence[str]) -> int:
     module = _module_name(experiment)
     command = shlex.join(["python", "-m", module, *argv])
 
-    def prepare() -> tuple[str, Path, Any]:
+    def prepare() -> tuple[str, Path, Any, bool]:
         preset = _preset(experiment.PRESETS, argv)
         slug = module.rsplit(".", 1)[-1]
         arguments = parse(
@@ -62,14 +62,20 @@ def execute(experiment: ModuleType, argv: Sequence[str]) -> int:
                 "out": (Path, Path("runs") / f"{slug}-{preset}", "Run folder; given again, it resumes."),
             },
         )
+        is_new = not arguments.out.exists()
         open_run_folder(arguments.out, arguments.config)
-        return preset, arguments.out, arguments.config
+        return preset, arguments.out, arguments.config, is_new
 
-    def work(prepared: tuple[str, Path, Any]) -> None:
-        preset, out, config = prepared
+    def work(prepared: tuple[str, Path, Any, bool]) -> None:
+        preset, out, config, is_new = prepared
         _show_config(command, out, config)
         started = time.monotonic()
-        report = experiment.run(config, out)
+        try:
+            report = experiment.run(config, out)
+        except (ConfigError, DataError):
+            if is_new:
+                _remove_unused(out)
+            raise
         if not isinstance(report, Report):
             raise ConfigError(f"{module}.run returned {type(report).__name__}, expected a Report")
         report = dataclasses.replace(
@@ -172,6 +178,14 @@ def open_run_folder(out: Path, config: Any) -> None:
             f"{out} holds a run with another config (there -> here):\n  {lines}\n"
             "Choose another folder with --out, or delete this one."
         )
+
+
+def _remove_unused(out: Path) -> None:
+    """Removes a run folder in which nothing was made, so that the corrected command may use it."""
+    if {path.name for path in out.iterdir()} <= {"config.json", ".lock"}:
+        for path in out.iterdir():
+            path.unlink()
+        out.rmdir()
 
 
 def _finish(report: Report, out: Path) -> None:

@@ -80,6 +80,17 @@ def test_an_unfinished_run_is_no_model(tuned, tmp_path):
         load(again)
 
 
+def test_a_command_that_lacks_something_leaves_no_folder_in_the_way(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert runner.execute(finetune, ["--out", str(out)]) == 2
+    assert "which model" in capsys.readouterr().err
+    assert not out.exists()
+    assert runner.execute(finetune, ["--model", "tiny", "--data.sequence_length", "9999", "--out", str(out)]) == 2
+    assert (out / "base").exists()  # something was made: nothing is removed
+    missing = tmp_path / "other"
+    assert runner.execute(finetune, ["--model", "x.gguf", "--data.path", "a.jsonl", "--out", str(missing)]) != 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
