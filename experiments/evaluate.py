@@ -11,7 +11,6 @@ published tasks are looked for in the folder that the environment variable JAXLM
 
 import contextlib
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from experiments import runner
@@ -49,7 +48,7 @@ class Config:
     chat_template: bool = False
     """Give prompts to complete as a user's turn, in the model's own chat template."""
     add_bos: bool | None = None
-    """Begin contexts and prompts with BOS, as Llama and Gemma expect it; by default for runs alone."""
+    """Begin contexts and prompts with BOS; by default as the model expects it (Llama, Gemma and runs do)."""
     max_new_tokens: int | None = None
     """The most tokens of a completion; by default the task's own number."""
     num_samples: int = 1
@@ -62,7 +61,7 @@ class Config:
     max_batches: int | None = None
     """Stop early on each source of text; by default all of it is used."""
     batch_size: int = 16
-    """Rows that go through the model at once; fewer where texts as long as the context fill the memory."""
+    """Rows that go through the model at once; long ones go fewer at a time."""
     json: str = ""
     """File to write the results to as well, with a record of each example."""
 
@@ -123,7 +122,7 @@ def _prepare_tasks(config: Config) -> list[Any]:
         raise ConfigError(f"{options}: none of the tasks generates")
     settings = EvaluationConfig(
         batch_size=config.batch_size,
-        add_bos=_is_run(config) if config.add_bos is None else config.add_bos,
+        add_bos=config.add_bos,
         num_shots=config.num_shots,
         limit=config.limit,
     )
@@ -131,10 +130,6 @@ def _prepare_tasks(config: Config) -> list[Any]:
         prepare_task(adapt(task, **asked), path=(config.task_path or None) if task.reads else None, config=settings)
         for task in tasks
     ]
-
-
-def _is_run(config: Config) -> bool:
-    return bool(config.checkpoint) or (Path(config.model) / "checkpoints").is_dir()
 
 
 def _load(config: Config) -> tuple[Any, dict[str, Any]]:
@@ -148,7 +143,7 @@ def _load(config: Config) -> tuple[Any, dict[str, Any]]:
     found = load_run(config.checkpoint, step=config.step)
     trained = found.meta["config"]["data"]["sequence_length"]
     stop_ids = (found.tokenizer.special_ids["eos"],)
-    subject = Pretrained(found.model.config, found.params, found.tokenizer, None, stop_ids)
+    subject = Pretrained(found.model.config, found.params, found.tokenizer, None, stop_ids, add_bos=True)
     return subject, {"checkpoint": config.checkpoint, "step": found.step, "sequence_length": trained}
 
 

@@ -147,9 +147,7 @@ def _train(config: Config, out: Path) -> Report:
     from jaxlm.data.chat_jinja import model_template
     from jaxlm.interop.load import load
     from jaxlm.testing import tiny_checkpoint
-    from jaxlm.training import Checkpoints, Evaluate, Interrupted, Log, Save, fit
-    from jaxlm.training.progress import Progress
-    from jaxlm.training.run_log import RunLog
+    from jaxlm.training import train_in_folder
 
     mesh = make_mesh(config.mesh)
     base = tiny_checkpoint(out / "base") if config.model == TINY else config.model
@@ -164,47 +162,29 @@ def _train(config: Config, out: Path) -> Report:
     for note in notes:
         print(note, flush=True)
 
-    meta = {"config": to_dict(config), "base": trees.fingerprint(found.params)}
-    checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
-    restored = checkpoints.restore(program.abstract_state)
-    if restored is None:
-        state, start = program.init(config.seed), 0
-    else:
-        if restored.meta["base"] != meta["base"]:
-            raise DataError(f"{base} is not the model that this run began with: train it in another folder, with --out")
-        state, start = restored.state, restored.step
-        checkpoints.discard_after(start)
-        batches.set_state(restored.meta["data"])
-        print(f"resuming after step {start}", flush=True)
+    fingerprint = trees.fingerprint(found.params)
 
-    samples = reply(config, found, template, found.params, "before") if start == 0 else ()
-    evaluate = make_evaluation(program, frozen, validation)
-    with RunLog(out, start_step=start + 1) as log, Progress(steps, start_step=start) as progress:
-        evaluation = Evaluate(evaluate, log, config.evaluate_every, progress)
-        save = Save(checkpoints, lambda step: {**meta, "data": batches.get_state()}, config.checkpoint_every)
-        callbacks = [Log(log, progress, config.optimizer.schedule(steps)), save, evaluation]
-        if start == 0:
-            evaluation.at_step(0, state)
-        try:
-            state = fit(
-                program.step,
-                state,
-                frozen,
-                batches,
-                num_steps=steps,
-                put=program.put,
-                callbacks=callbacks,
-                on_interrupt=[save],
-                non_finite=config.non_finite,
-            )
-        except Interrupted as stop:
-            checkpoints.wait()
-            progress.note(f"{stop}; the checkpoint of step {stop.step} is saved")
-            raise
-        finally:
-            checkpoints.close()
-        if not evaluation.latest:
-            evaluation.at_step(steps, state)
+    def check_meta(meta: Mapping[str, Any]) -> None:
+        if meta["base"] != fingerprint:
+            raise DataError(f"{base} is not the model that this run began with: train it in another folder, with --out")
+
+    samples = reply(config, found, template, found.params, "before")
+    state = train_in_folder(
+        out,
+        program,
+        batches,
+        steps=steps,
+        seed=config.seed,
+        frozen=frozen,
+        meta={"config": to_dict(config), "base": fingerprint},
+        check_meta=check_meta,
+        learning_rate=config.optimizer.schedule(steps),
+        evaluate=make_evaluation(program, frozen, validation),
+        evaluate_every=config.evaluate_every,
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+        non_finite=config.non_finite,
+    )
     params = build(state.trainable, frozen, state.step)
     where = export(config, found, params, str(base), out)
     samples += reply(config, found, template, params, "after")

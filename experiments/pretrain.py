@@ -12,6 +12,7 @@ of a run that was never stopped. Sample from a run with `python -m experiments.g
 Expect of `small`: bits per byte of held-out files from 3.31 before to 1.87 after (two x86 cores, jax 0.10.2, 2026-11).
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -171,12 +172,9 @@ def _train(config: Config, out: Path) -> Report:
     from jaxlm.core import trees
     from jaxlm.data.pipeline import make_train_iterator
     from jaxlm.models.flops import train_flops_per_token
-    from jaxlm.training import Checkpoints, Evaluate, Interrupted, Log, Profile, Save, fit, keep_tokenizer
-    from jaxlm.training.progress import Progress
-    from jaxlm.training.run_log import RunLog
+    from jaxlm.training import keep_tokenizer, train_in_folder
 
     program = make_program(config)
-    abstract = program.abstract_state
     data = prepare_data(config.data, seed=config.seed)
     check_vocabulary(config, data)
     keep_tokenizer(data.tokenizer, out / "tokenizer")
@@ -191,51 +189,25 @@ def _train(config: Config, out: Path) -> Report:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
-    restored = checkpoints.restore(abstract)
-    if restored is None:
-        state, start = program.init(config.seed), 0
-    else:
-        state, start = restored.state, restored.step
-        checkpoints.discard_after(start)
-        batches.set_state(restored.meta["data"])
-        print(f"resuming after step {start}", flush=True)
-
-    evaluate = make_evaluation(config, program, data)
-    schedule = config.optimizer.schedule(config.steps)
-    with RunLog(out, start_step=start + 1) as log, Progress(config.steps, start_step=start) as progress:
-        evaluation = Evaluate(evaluate, log, config.evaluate_every, progress)
-        save = Save(checkpoints, lambda step: meta(config, data, batches), config.checkpoint_every)
-        flops = train_flops_per_token(config.model, config.data.sequence_length)
-        callbacks = [Log(log, progress, schedule, flops), save, evaluation]
-        if config.profile_steps:
-            callbacks.append(Profile(out / "tensorboard", start + 10, config.profile_steps))
-        if start == 0:
-            evaluation.at_step(0, state)
-        try:
-            state = fit(
-                program.step,
-                state,
-                None,
-                batches,
-                num_steps=config.steps,
-                put=program.put,
-                callbacks=callbacks,
-                on_interrupt=[save],
-                non_finite=config.non_finite,
-            )
-        except Interrupted as stop:
-            checkpoints.wait()
-            progress.note(f"{stop}; the checkpoint of step {stop.step} is saved")
-            raise
-        finally:
-            checkpoints.close()
-            batches.close()
-        if not evaluation.latest:  # resumed after the last step: its evaluation is gone with the process
-            evaluation.at_step(config.steps, state)
-    parameters = trees.count(state.trainable)
+    with contextlib.closing(batches):
+        state = train_in_folder(
+            out,
+            program,
+            batches,
+            steps=config.steps,
+            seed=config.seed,
+            meta=meta(config, data),
+            learning_rate=config.optimizer.schedule(config.steps),
+            evaluate=make_evaluation(config, program, data),
+            evaluate_every=config.evaluate_every,
+            checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
+            non_finite=config.non_finite,
+            flops_per_token=train_flops_per_token(config.model, config.data.sequence_length),
+            profile_steps=config.profile_steps,
+        )
     samples = write_samples(config, program, state.trainable, data)
-    return report(config, out, parameters, samples)
+    return report(config, out, trees.count(state.trainable), samples)
 
 
 def check_vocabulary(config: Config, data: Prepared) -> None:
@@ -247,14 +219,9 @@ def check_vocabulary(config: Config, data: Prepared) -> None:
         )
 
 
-def meta(config: Config, data: Prepared, batches: Any) -> dict[str, Any]:
-    """What a checkpoint holds beside the state: enough to resume, and to use the model without this module."""
-    return {
-        "model": to_dict(config.model),
-        "config": to_dict(config),
-        "tokenizer": data.tokenizer.fingerprint,
-        "data": batches.get_state(),
-    }
+def meta(config: Config, data: Prepared) -> dict[str, Any]:
+    """What a checkpoint holds beside the state and the place in the data, to use the model without this module."""
+    return {"model": to_dict(config.model), "config": to_dict(config), "tokenizer": data.tokenizer.fingerprint}
 
 
 def make_evaluation(config: Config, program: Any, data: Prepared) -> Any:

@@ -36,6 +36,11 @@ class Subject(Protocol):
         """Ids that end a completion; the tokenizer's EOS where there are none."""
         ...
 
+    @property
+    def add_bos(self) -> bool:
+        """Whether the model expects BOS before a text."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
@@ -45,8 +50,8 @@ class EvaluationConfig:
     """Rows that go through the model at once."""
     max_length: int | None = None
     """Tokens of context; by default the model's."""
-    add_bos: bool = False
-    """Begin contexts and prompts that are text with the BOS id, as Llama and Gemma expect it."""
+    add_bos: bool | None = None
+    """Begin contexts and prompts that are text with the BOS id; by default as the model expects it."""
     num_shots: int | None = None
     """Solved examples before each question or problem; by default as many as the task is usually run with."""
     limit: int | None = None
@@ -93,7 +98,7 @@ class MultipleChoice:
         scores = score_questions(
             subject.model,
             subject.params,
-            TokenizerEncoding(subject.tokenizer, config.add_bos),
+            _encoding(subject, config),
             examples,
             normalizations=self.normalizations,
             **_scoring_options(config, progress),
@@ -136,7 +141,7 @@ class Generation:
         return dataclasses.replace(example, prompt=few_shot_prompt(solved, example.prompt))
 
     def evaluate(self, subject: Subject, examples: Sequence[Problem], config: EvaluationConfig, progress=None):
-        encoding = TokenizerEncoding(subject.tokenizer, config.add_bos)
+        encoding = _encoding(subject, config)
         solved = solve(
             subject.model,
             subject.params,
@@ -190,7 +195,7 @@ class Perplexity:
         scores = score_texts(
             subject.model,
             subject.params,
-            TokenizerEncoding(subject.tokenizer, config.add_bos),
+            _encoding(subject, config),
             [example.text if isinstance(example, Passage) else example for example in examples],
             **_scoring_options(config, progress),
         )
@@ -244,6 +249,10 @@ class Task:
     load_shots: Callable[[str | None], Sequence[Any]] | None = None
     num_shots: int = 0
     reads: str | None = None
+
+
+def _encoding(subject: Subject, config: EvaluationConfig) -> TokenizerEncoding:
+    return TokenizerEncoding(subject.tokenizer, subject.add_bos if config.add_bos is None else config.add_bos)
 
 
 def _scoring_options(config: EvaluationConfig, progress: Any) -> dict[str, Any]:

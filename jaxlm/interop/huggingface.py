@@ -75,7 +75,8 @@ def load(
     params = _load_params(folder, hf_tensors.TABLES[family.name], config, mesh)
     tokenizer = _load_tokenizer(folder)
     stop_ids = _stop_ids(folder, values, tokenizer)
-    return Pretrained(config, params, tokenizer, _load_chat_template(folder), stop_ids)
+    add_bos = _adds_bos(folder, tokenizer)
+    return Pretrained(config, params, tokenizer, _load_chat_template(folder), stop_ids, add_bos)
 
 
 def save(
@@ -301,6 +302,15 @@ def _load_chat_template(folder: Path) -> str | None:
     if template is not None and not isinstance(template, str):
         raise ConfigError(f"{path}: chat_template is {template!r}, expected text")
     return template
+
+
+def _adds_bos(folder: Path, tokenizer: Tokenizer | None) -> bool:
+    """What `tokenizer_config.json` says, else what the tokenizer's own file does."""
+    path = folder / "tokenizer_config.json"
+    said = _read_object(path).get("add_bos_token") if path.exists() else None
+    if isinstance(said, bool):
+        return said
+    return isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.adds_bos
 
 
 def _stop_ids(folder: Path, values: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -240,7 +240,7 @@ def make_harness_model(
 ) -> HarnessModel:
     """A `HarnessModel` of a `Pretrained`, or of a model, its parameters and a tokenizer.
 
-    `options` are its other fields. A `Pretrained` brings its chat template and stop ids.
+    `options` are its other fields. A `Pretrained` brings its chat template, stop ids, and whether it expects BOS.
     """
     given = [name for name, x in (("model", model), ("params", params), ("tokenizer", tokenizer)) if x is not None]
     if source is None:
@@ -252,6 +252,7 @@ def make_harness_model(
     if not isinstance(source, Pretrained):
         raise ConfigError(f"a {type(source).__name__} to evaluate, expected a jaxlm.interop.Pretrained")
     options.setdefault("stop_ids", source.stop_ids)
+    options.setdefault("add_bos", source.add_bos)
     if options.get("chat") is None and source.chat_template:
         from jaxlm.data.chat_jinja import JinjaTemplate
 

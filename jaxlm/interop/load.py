@@ -78,4 +78,5 @@ def _load_run(folder: Path, mesh: Mesh | None) -> Pretrained:
 
     run = load_run(folder, mesh=mesh)
     params: dict[str, Any] = run.params
-    return Pretrained(run.model.config, params, run.tokenizer, None, (run.tokenizer.special_ids["eos"],))
+    stop_ids = (run.tokenizer.special_ids["eos"],)
+    return Pretrained(run.model.config, params, run.tokenizer, None, stop_ids, add_bos=True)

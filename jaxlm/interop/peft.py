@@ -4,6 +4,7 @@ Format (PEFT 0.17): tensors `base_model.model.<module>.lora_A.weight` `(rank, in
 modules named as the base model's checkpoint names them; the update is `lora_alpha / r * B @ A`.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -145,7 +146,7 @@ def load_adapter(
         runs.append(adapt(stack, first, count))
         first += count
     params = {**base.params, "blocks": runs}
-    return Pretrained(base.config, params, base.tokenizer, base.chat_template, base.stop_ids)
+    return dataclasses.replace(base, params=params)
 
 
 def check_adaptable(config: DecoderConfig) -> None:

@@ -19,6 +19,8 @@ class Pretrained:
     """The model's own chat template, Jinja source."""
     stop_ids: tuple[int, ...] = ()
     """Ids that end a generation: end of text, end of turn."""
+    add_bos: bool = False
+    """Whether the model expects BOS before a text that is not a chat: Llama and Gemma do, Qwen and SmolLM2 do not."""
 
     @property
     def model(self) -> Decoder:

@@ -25,6 +25,8 @@ from jaxlm.scoring.windows import rolling_windows
 
 _SHORTEST = 64
 _NARROW = 16
+# Tokens that go in at once: the memory of long rows does not grow with `batch_size`.
+_MOST_TOKENS = 1 << 14
 
 Progress = Callable[[int, int], None]
 """Called with the number of sequences done and the number of all."""
@@ -61,8 +63,9 @@ def score_tokens(
     `model` is a `Decoder` (anything hashable with `embed`, `trunk`, `head`, `head_params` and `config`). At most
     `max_length` tokens (by default the model's) go in at once: what is too far left is cut off. Results are in the
     order of `sequences`, and do not depend on what else is scored, nor on `batch_size` beyond rounding. Sequences
-    that differ only in their last token, the one to be scored, share a row. Under `use_mesh` rows are divided among
-    devices, and `batch_size` is rounded up to a multiple of their number.
+    that differ only in their last token, the one to be scored, share a row. Of rows so long that `batch_size` of them
+    have more than 16,384 tokens, fewer go in at once. Under `use_mesh` rows are divided among devices, and their
+    number is rounded up to a multiple of the devices'.
 
     Raises:
       ConfigError: a `max_length` or `batch_size` below 1, or a `max_length` beyond learned positions.
@@ -78,7 +81,6 @@ def score_tokens(
         _check_sequence(index, tokens, count, vocab_size, max_length)
 
     parts = sharding.axis_size("data") * sharding.axis_size("fsdp")
-    batch_size = -(-batch_size // parts) * parts
     rows = _rows(sequences, counts, max_length)
     results: list[TokenScores | None] = [None] * len(sequences)
     done, waiting = 0, None
@@ -93,8 +95,8 @@ def score_tokens(
                 finished += 1
         return finished
 
-    for group in _groups(rows, batch_size):
-        part = (group, *_score(model, params, *_arrays(group, batch_size, max_length)))
+    for group, shape in _groups(rows, batch_size, max_length, parts):
+        part = (group, *_score(model, params, *_arrays(group, *shape)))
         if waiting is not None:  # read one group late: the device always has work
             done += collect(*waiting)
             if progress is not None:
@@ -202,18 +204,25 @@ def _rows(sequences: Sequence[Sequence[int]], counts: Sequence[int], max_length:
     return rows
 
 
-def _groups(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Rows of like lengths; the longest first, so that what does not fit into memory shows at once."""
+def _groups(
+    rows: list[_Row], batch_size: int, max_length: int, parts: int
+) -> Iterator[tuple[list[_Row], tuple[int, int]]]:
+    """Rows of like lengths with the shape of their inputs; the longest first, so that what does not fit into memory
+    shows at once."""
     for narrow in (False, True):
         chosen = sorted((r for r in rows if r.is_narrow is narrow), key=lambda row: -len(row.inputs))
-        for start in range(0, len(chosen), batch_size):
-            yield chosen[start : start + batch_size]
+        start = 0
+        while start < len(chosen):
+            longest = len(chosen[start].inputs)
+            length = min(max(_SHORTEST, 1 << (longest - 1).bit_length()), max_length)
+            size = min(batch_size, max(_MOST_TOKENS // length, 1))
+            size = -(-size // parts) * parts
+            yield chosen[start : start + size], (size, length)
+            start += size
 
 
-def _arrays(group: list[_Row], batch_size: int, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _arrays(group: list[_Row], batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inputs, places and targets, padded on the right to the group's shape: the causal mask hides padding."""
-    longest = max(len(row.inputs) for row in group)
-    length = min(max(_SHORTEST, 1 << (longest - 1).bit_length()), max_length)
     width = _NARROW if group[0].is_narrow else length
     inputs = np.zeros((batch_size, length), np.int32)
     places, targets = np.zeros((2, batch_size, width), np.int32)

@@ -5,6 +5,7 @@ from jaxlm.training.checkpoints import Checkpoints, Restored, load_meta, load_pa
 from jaxlm.training.loop import Callback, Interrupted, fit
 from jaxlm.training.program import Program
 from jaxlm.training.runs import Run, exclusive, keep_tokenizer, load_run
+from jaxlm.training.session import ResumableBatches, train_in_folder
 from jaxlm.training.state import TrainState, init_state, state_shardings
 from jaxlm.training.step import Gradients, accumulate, make_step
 
@@ -20,6 +21,7 @@ __all__ = [
     "Save",
     "Interrupted",
     "Restored",
+    "ResumableBatches",
     "TrainState",
     "accumulate",
     "exclusive",
@@ -31,4 +33,5 @@ __all__ = [
     "load_run",
     "make_step",
     "state_shardings",
+    "train_in_folder",
 ]

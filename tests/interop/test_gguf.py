@@ -215,6 +215,7 @@ def test_byte_level_tokenizers_obey_the_protocol(pre, tmp_path):
     assert (names["bos"], names["eos"], names["pad"], found.tokenizer.vocab_size) == (1, 2, 2, 262)
     assert found.stop_ids == (2, 0)
     assert found.chat_template == "{{ messages }}"
+    assert found.add_bos == (pre == "llama-bpe")
     digits = [len(found.tokenizer.token_bytes(i)) for i in found.tokenizer.encode("1234")]
     assert digits == ([1, 1, 1, 1] if pre in ("smollm", "qwen2") else [3, 1])
 
@@ -226,6 +227,7 @@ def test_sentence_piece_tokenizers_obey_the_protocol(tmp_path):
     tokenizer = found.tokenizer
     assert (tokenizer.special_ids["bos"], tokenizer.special_ids["eos"], tokenizer.special_ids["pad"]) == (2, 1, 0)
     assert found.stop_ids == (1, 4)
+    assert found.add_bos
 
     def pieces(text):
         return [tokenizer.token_bytes(i) for i in tokenizer.encode(text)]
@@ -240,6 +242,14 @@ def test_a_space_before_text_is_added_where_the_file_says_so(tmp_path):
     path, _, _ = tiny_file(tmp_path, metadata={**SENTENCE_PIECE, "tokenizer.ggml.add_space_prefix": True})
     tokenizer = gguf.load(path).tokenizer
     assert tokenizer.decode(tokenizer.encode("ab a")) == " ab a"
+
+
+def test_whether_texts_begin_with_bos_is_what_the_file_says(tmp_path):
+    path, _, _ = tiny_file(tmp_path, metadata={**SENTENCE_PIECE, "tokenizer.ggml.add_bos_token": False})
+    assert not gguf.load(path).add_bos
+    (tmp_path / "other").mkdir()
+    path, _, _ = tiny_file(tmp_path / "other", metadata={**BYTE_LEVEL, "tokenizer.ggml.add_bos_token": True})
+    assert gguf.load(path).add_bos
 
 
 def check_protocol(tokenizer):

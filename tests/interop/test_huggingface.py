@@ -210,6 +210,23 @@ class TestTokenizer:
         found = huggingface.load(llama)
         assert (found.chat_template, found.stop_ids) == ("newer", (1,))
 
+    def test_whether_texts_begin_with_bos(self, llama):
+        """By the post-processor of the tokenizer, unless the settings say otherwise."""
+        definition = json.loads(tokenizer_definition())
+        (llama / "tokenizer.json").write_text(json.dumps(definition))
+        assert not huggingface.load(llama).add_bos
+        first = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+        definition["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+        }
+        (llama / "tokenizer.json").write_text(json.dumps(definition))
+        assert huggingface.load(llama).add_bos
+        (llama / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+        assert not huggingface.load(llama).add_bos
+
     def test_others_are_refused(self, tmp_path):
         model, params = tiny_decoder("llama")
         with pytest.raises(ConfigError, match="ByteTokenizer has no tokenizer.json"):

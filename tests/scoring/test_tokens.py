@@ -50,6 +50,17 @@ def test_counts_are_of_the_last_tokens(llama):
     check(*llama, items, counts, score_tokens(*llama, items, counts=counts, batch_size=4))
 
 
+def test_long_rows_go_fewer_at_a_time(llama, monkeypatch):
+    items = [list(range(i, 60)) * 2 for i in range(4)]
+    whole, shapes = score_tokens(*llama, items), []
+    scored = tokens._score
+    monkeypatch.setattr(tokens, "_MOST_TOKENS", 256)
+    monkeypatch.setattr(tokens, "_score", lambda *args: shapes.append(args[2].shape) or scored(*args))
+    for a, b in zip(score_tokens(*llama, items), whole):
+        np.testing.assert_allclose(a.log_likelihoods, b.log_likelihoods, atol=2e-5)
+    assert shapes == [(2, 128)] * 2
+
+
 def test_truncates_on_the_left(llama):
     items = [list(range(60)), list(range(20))]
     results = score_tokens(*llama, items, counts=[3, 3], max_length=9)

@@ -93,6 +93,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return {text: i for i, text in self._special_text.items()}
 
     @property
+    def adds_bos(self) -> bool:
+        """Whether the file puts BOS before a text (its post-processor does; `encode` here never does)."""
+        return self._engine.encode("a").ids[:1] == [self.special_ids["bos"]]
+
+    @property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self._definition.encode()).hexdigest()
         return fingerprint([self.kind, digest, self._special_ids])

@@ -37,10 +37,12 @@ def load(path: str | Path, *, dtype: Any = "float32", packed: bool = False, mesh
     """
     file = reader.read(path)
     config = architecture.config(file)
+    tokenizer = tokenizers.tokenizer(file)
     return Pretrained(
         config=config,
         params=parameters.load(file, config, jnp.dtype(dtype), packed, mesh),
-        tokenizer=tokenizers.tokenizer(file),
+        tokenizer=tokenizer,
         chat_template=file.metadata.get("tokenizer.chat_template"),
         stop_ids=tokenizers.stop_ids(file),
+        add_bos=tokenizer is not None and tokenizer.adds_bos,
     )

@@ -77,7 +77,25 @@ def tokenizer(file: File) -> HuggingFaceTokenizer | None:
     for token in added:
         token["special"] = token["special"] or token["content"] in named.values()
     definition = {"version": "1.0", "added_tokens": added, **definitions[kind](file, tokens)}
+    if "bos" in named and file.metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(file, kind)):
+        definition["post_processor"] = _begin_with(named["bos"], ids["bos"])
     return HuggingFaceTokenizer(json.dumps(definition), **named)
+
+
+def _adds_bos(file: File, kind: str) -> bool:
+    """Where the metadata say nothing, what llama.cpp takes for granted."""
+    return kind == "llama" or file.metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+
+
+def _begin_with(token: str, token_id: int) -> dict[str, Any]:
+    """A post-processor that puts a token before each text."""
+    first = {"SpecialToken": {"id": token, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, first, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }
 
 
 _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
