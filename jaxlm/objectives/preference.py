@@ -218,6 +218,7 @@ class KTO:
         rewards = jax.lax.stop_gradient(self.beta * ratios)
         count, good, bad = jnp.sum(rows), rows * labels, rows * (1 - labels)
         metrics = {
+            "tokens": (jnp.sum(batch["loss_weights"]), count / _nonzero(totals["rows"])),
             "loss": (jnp.sum(rows * losses), count),
             "reward_desirable": (jnp.sum(good * rewards), jnp.sum(good)),
             "reward_undesirable": (jnp.sum(bad * rewards), jnp.sum(bad)),
@@ -345,6 +346,7 @@ def _pair_result(
         summed = summed + more * totals["pairs"]
     margin = rewards[:, 0] - rewards[:, 1]
     metrics = {
+        "tokens": (jnp.sum(batch["loss_weights"]), pairs / _nonzero(totals["pairs"])),
         "loss": (summed, pairs),
         "nll": (nll, tokens),
         "accuracy": (jnp.sum(valid * (margin > 0)), pairs),

@@ -69,7 +69,8 @@ def fit(
         nonlocal clock
         done, metrics, started = item
         values = {name: float(s) / float(w) if w else 0.0 for name, (s, w) in jax.device_get(dict(metrics)).items()}
-        tokens = float(jax.device_get(metrics["loss"][1])) if "loss" in metrics else 0.0
+        # An objective that counts its loss in something else (pairs) has a metric `tokens`, whose weights add up to 1.
+        tokens = values.get("tokens", float(jax.device_get(metrics["loss"][1])) if "loss" in metrics else 0.0)
         now = time.perf_counter()
         # From when the previous step was seen finished, or this one started: whatever lies between is not training.
         seconds = max(now - max(clock, started), 1e-9)

@@ -93,7 +93,7 @@ def test_one_compilation_a_bucket():
             config = GenerationConfig(
                 max_new_tokens=new, temperature=temperature, top_k=top_k, min_p=0.1 / top_k, seed=salt
             )
-            generate(STEPPER, jnp.uint32(salt), prompts, config, stop_ids=(salt,))
+            generate(STEPPER, jnp.uint32(salt), prompts, config, stop_ids=(salt, 7)[: salt + 1])
     assert machine._prefill._cache_size() == 1
     assert machine._advance._cache_size() == 1
     generate(STEPPER, SALT, [[1] * 33], GenerationConfig(max_new_tokens=4))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.core.errors import CheckpointError, ConfigError, DataError
 from jaxlm.data.chat import chat_template
 from jaxlm.data.tokenizers import ByteTokenizer
 from jaxlm.decoding import DecoderStepper, GenerationConfig, generate_text
@@ -177,8 +177,10 @@ def test_bad_sources_are_named(subject):
         make_harness_model(model=model)
     with pytest.raises(ConfigError, match="model beside a Pretrained"):
         make_harness_model(Pretrained(model.config, params, TOKENIZER), model=model)
-    with pytest.raises(ConfigError, match="a str to evaluate, expected"):
-        make_harness_model("smollm2")
+    with pytest.raises(ConfigError, match="a dict to evaluate, expected"):
+        make_harness_model({"model": model})
+    with pytest.raises(CheckpointError, match="no package 'smollm_3'"):
+        make_harness_model("package:smollm_3")
     with pytest.raises(ConfigError, match="the model comes without a tokenizer"):
         make_harness_model(Pretrained(model.config, params))
     with pytest.raises(ConfigError, match="batch_size is 0"):

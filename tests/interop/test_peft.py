@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import CheckpointError, ConfigError
+from jaxlm.core.sharding import MeshConfig, make_mesh, use_mesh
 from jaxlm.core.trees import map_named
 from jaxlm.interop import Pretrained, huggingface, load
 from jaxlm.interop.peft import load_adapter, save_adapter
@@ -50,6 +51,15 @@ def test_a_base_may_be_given(adapter):
     folder, made, plain = adapter
     found = load_adapter(folder / "adapter", Pretrained(made.config, plain))
     chex.assert_trees_all_equal(found.params, made.params)
+
+
+def test_a_mesh_holds_the_factors_too(adapter):
+    folder, made, _ = adapter
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    found = load(folder / "adapter", mesh=mesh)
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(found.params)} == {4}
+    with use_mesh(mesh, found.config.sharding_rules(mesh)):
+        chex.assert_trees_all_close(logits(found), logits(made), atol=1e-5)
 
 
 def test_peft_computes_the_same(adapter):
