@@ -1,7 +1,7 @@
 """Evaluations of models."""
 
 from jaxlm.evals.generation import Problem, Solved, Verdict, exact_match, few_shot_prompt, match_metrics, solve
-from jaxlm.evals.likelihood import Likelihood, likelihood, make_sums, source_likelihoods
+from jaxlm.evals.likelihood import Likelihood, likelihood, make_sums, resident_loss, source_likelihoods
 from jaxlm.evals.methods import EvaluationConfig, Generation, MultipleChoice, Passage, Perplexity, Task
 from jaxlm.evals.multiple_choice import ChoiceScores, Question, choice_metrics, few_shot, score_questions
 from jaxlm.evals.stats import Estimate, bootstrap, mcnemar, mean, wilson_interval
@@ -49,6 +49,7 @@ __all__ = [
     "register",
     "score_questions",
     "solve",
+    "resident_loss",
     "source_likelihoods",
     "task_names",
     "wilson_interval",

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import DataError
 from jaxlm.data.pipeline import eval_batches
+from jaxlm.data.resident import ResidentRows
 from jaxlm.data.store import TokenStore
 from jaxlm.data.tokenizers import Tokenizer, token_byte_lengths
 from jaxlm.objectives.causal_lm import CausalLM
@@ -88,6 +89,30 @@ def likelihood(
         tokens=int(total["tokens"]),
         bytes=int(total["bytes"]),
     )
+
+
+def resident_loss(objective: CausalLM, rows: ResidentRows, batch_size: int) -> Callable[[Any], Float[Array, ""]]:
+    """`params -> loss` in nats a token over all rows on the device, traceable: for evaluating inside a program."""
+    batches = -(-rows.count // batch_size)
+    missing = batches * batch_size - rows.count
+
+    def loss(params: Any) -> Float[Array, ""]:
+        # Rows that fill the last batch up are the first ones again, without weight.
+        order = jnp.arange(batches * batch_size) % rows.count
+        counts = (jnp.arange(batches * batch_size) < batches * batch_size - missing).astype(jnp.float32)
+
+        def add(total: tuple, x: tuple) -> tuple[tuple, None]:
+            batch = rows.take(x[0])
+            batch["loss_weights"] = batch["loss_weights"] * x[1][:, None]
+            nll, tokens = total
+            return (nll + objective.sums(params, batch)["nll"], tokens + jnp.sum(batch["loss_weights"])), None
+
+        start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+        pieces = (order.reshape(batches, batch_size), counts.reshape(batches, batch_size))
+        nll, tokens = jax.lax.scan(add, start, pieces)[0]
+        return nll / tokens
+
+    return loss
 
 
 def source_likelihoods(

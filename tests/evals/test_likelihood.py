@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import DataError
-from jaxlm.evals import likelihood, make_sums
+from jaxlm.data.resident import ResidentRows
+from jaxlm.evals import likelihood, make_sums, resident_loss
 from jaxlm.objectives import CausalLM
 from jaxlm.testing import tiny_decoder
 
@@ -31,6 +32,19 @@ def test_equals_the_definition():
     assert result.loss == pytest.approx(nll / tokens, rel=1e-5)
     assert result.perplexity == pytest.approx(np.exp(nll / tokens), rel=1e-5)
     assert result.bits_per_byte == pytest.approx(nll / np.log(2) / count, rel=1e-5)
+
+
+def test_rows_on_the_device_give_the_same():
+    model, params = tiny_decoder("llama")
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, 64, (7, 9)).astype(np.int32)
+    weights = (rng.random((7, 8)) > 0.3).astype(np.float32)
+    batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": weights}
+    expected = likelihood(jax.jit(make_sums(CausalLM(model), np.ones(64))), params, [batch]).loss
+    rows = ResidentRows({name: jnp.asarray(x) for name, x in batch.items()})
+    for batch_size in (3, 7):
+        found = jax.jit(resident_loss(CausalLM(model), rows, batch_size))(params)
+        assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 def test_nothing_to_predict_is_an_error():

@@ -1,0 +1,213 @@
+"""Many short training runs that differ in seed and in numbers (`hparams`): sweeps, arms of a study, ensembles.
+
+    members = [Member(f"lr {lr:g}", seed=0, hparams={"learning_rate": lr}) for lr in (1e-3, 3e-3)]
+    outcomes = train_members(members, init=init, step=make_step(objective, tx), sample=sample, num_steps=300)
+    best = min(outcomes, key=lambda outcome: outcome.results["loss"])
+
+One program trains a member from its first step to its last. It is compiled once for all members: on CPU they run
+one after the other, on accelerators all at once under `vmap` (on two cores a mapped program is slower than a loop).
+A `folder` keeps what was finished, so that a study which was stopped goes on with the next member.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxlm.core import trees
+from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.core.json_files import number, read_json, write_json
+from jaxlm.core.keys import fold
+from jaxlm.training.state import TrainState
+from jaxlm.training.step import Step
+
+HOW = ("auto", "loop", "vmap")
+_MEMBERS = TrainState(step=None, trainable=0, opt_state=0, extra=0, key=0, hparams=0)
+
+Init = Callable[[jax.Array, Mapping[str, Any]], TrainState]
+Sample = Callable[[jax.Array, jax.Array], Mapping[str, jax.Array]]
+Evaluation = Callable[[Any], Mapping[str, jax.Array]]
+
+
+class Member(NamedTuple):
+    """One run: `seed` decides initialization and the order of data. `name` is unique within a study."""
+
+    name: str
+    seed: int
+    hparams: Mapping[str, float] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a member.
+
+    `history`: metrics of each step, `loss` and `grad_norm` among them. `results`: of `evaluate` after the last step;
+    those of a run that diverged are not finite. `params`: what was trained, if it was asked for.
+    """
+
+    member: Member
+    history: Mapping[str, Float[np.ndarray, "steps"]]
+    results: Mapping[str, float]
+    seconds: float
+    params: Any = None
+
+
+def train_members(
+    members: Sequence[Member],
+    *,
+    init: Init,
+    step: Step,
+    sample: Sample,
+    num_steps: int,
+    frozen: Any = None,
+    evaluate: Evaluation | None = None,
+    how: str = "auto",
+    folder: Path | None = None,
+    keep_params: bool = False,
+    report: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Trains every member for `num_steps` steps; outcomes in the order of `members`.
+
+    Args:
+      init: `(key, hparams) -> TrainState`, traceable; give it `hparams` with `init_state`.
+      step: not compiled, of `make_step`. An optimizer reads a member's numbers from `hparams`.
+      sample: `(key, step) -> batch`, traceable; `key` is the member's own.
+      frozen: the step's, shared by all members.
+      evaluate: `(trainable) -> {name: scalar}`, traceable; once a member is trained.
+      how: `loop` or `vmap`; `auto` is `loop` on CPU and `vmap` elsewhere.
+      folder: where finished members are kept, a file each; they are not trained again.
+      keep_params: also returns (and keeps) what was trained.
+      report: called with each outcome as it comes.
+
+    Raises:
+      ConfigError: no members, two of one name, or members with different `hparams`.
+      DataError: `folder` holds a member of the same name, but with other settings.
+    """
+    _check(members, how, num_steps)
+    found: dict[str, Outcome | None] = {}
+    if folder is not None:
+        wanted = jax.eval_shape(init, jax.random.key(0), dict(members[0].hparams)).trainable if keep_params else None
+        found = {m.name: _load(folder, m, num_steps, wanted) for m in members}
+    waiting = [m for m in members if found.get(m.name) is None]
+    if how == "auto":
+        how = "loop" if jax.default_backend() == "cpu" else "vmap"
+    run = functools.partial(_run, init, step, sample, evaluate, num_steps)
+    compiled = jax.jit(run, static_argnames="mapped")
+    groups = [[m] for m in waiting] if how == "loop" else [waiting] if waiting else []
+    for group in groups:
+        keys = jnp.stack([jax.random.key(m.seed) for m in group])
+        hparams = {name: jnp.array([m.hparams[name] for m in group], jnp.float32) for name in group[0].hparams}
+        if how == "loop":
+            keys, hparams = keys[0], {name: x[0] for name, x in hparams.items()}
+        started = time.perf_counter()
+        trained, history, results = jax.block_until_ready(compiled(keys, hparams, frozen, mapped=how == "vmap"))
+        seconds = (time.perf_counter() - started) / len(group)
+        for i, member in enumerate(group):
+            pick = (lambda x, i=i: x[i]) if how == "vmap" else (lambda x: x)
+            outcome = Outcome(
+                member,
+                {name: np.asarray(pick(x)) for name, x in history.items()},
+                {name: float(pick(x)) for name, x in results.items()},
+                seconds,
+                jax.tree.map(pick, trained) if keep_params else None,
+            )
+            if folder is not None:
+                _save(folder, outcome, num_steps)
+            if report is not None:
+                report(outcome)
+            found[member.name] = outcome
+    return [found[m.name] for m in members]
+
+
+def _run(init, step, sample, evaluate, num_steps: int, keys, hparams, frozen, *, mapped: bool):
+    if mapped:
+        states = jax.vmap(init)(keys, hparams)
+        states = dataclasses.replace(states, step=jnp.zeros((), jnp.int32))
+        draw = jax.vmap(sample, in_axes=(0, None))
+        step = jax.vmap(step, in_axes=(_MEMBERS, None, 0), out_axes=(_MEMBERS, 0))
+        evaluate = None if evaluate is None else jax.vmap(evaluate)
+        fold_data = jax.vmap(lambda key: fold(key, "data"))
+    else:
+        states, draw, fold_data = init(keys, hparams), sample, lambda key: fold(key, "data")
+    data_keys = fold_data(keys)
+
+    def body(states: TrainState, _: None) -> tuple[TrainState, Any]:
+        states, metrics = step(states, frozen, draw(data_keys, states.step))
+        return states, {name: s / jnp.where(w == 0, 1.0, w) for name, (s, w) in metrics.items()}
+
+    states, history = jax.lax.scan(body, states, length=num_steps)
+    if mapped:
+        history = {name: jnp.swapaxes(x, 0, 1) for name, x in history.items()}
+    results = {} if evaluate is None else dict(evaluate(states.trainable))
+    return states.trainable, history, results
+
+
+def _check(members: Sequence[Member], how: str, num_steps: int) -> None:
+    if how not in HOW:
+        raise ConfigError(f"how is '{how}', expected one of {', '.join(HOW)}")
+    if not members:
+        raise ConfigError("there are no members to train")
+    if num_steps < 1:
+        raise ConfigError(f"num_steps is {num_steps}, expected at least 1")
+    names = [m.name for m in members]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"several members are named {', '.join(twice)}")
+    for m in members:
+        if m.hparams.keys() != members[0].hparams.keys():
+            raise ConfigError(f"hparams of '{m.name}' are {sorted(m.hparams)}, of others {sorted(members[0].hparams)}")
+        if bad := [name for name, value in m.hparams.items() if not math.isfinite(value)]:
+            raise ConfigError(f"hparams of '{m.name}': {', '.join(bad)} is not finite")
+
+
+def _file(folder: Path, member: Member) -> Path:
+    return Path(folder) / ("".join(c if c.isalnum() or c in "-+." else "_" for c in member.name) + ".json")
+
+
+def _about(member: Member, num_steps: int) -> dict[str, Any]:
+    return {"name": member.name, "seed": member.seed, "hparams": dict(member.hparams), "num_steps": num_steps}
+
+
+def _save(folder: Path, outcome: Outcome, num_steps: int) -> None:
+    path = _file(folder, outcome.member)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if outcome.params is not None:
+        arrays = {name: np.asarray(x) for name, x in trees.named_leaves(outcome.params)}
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, **arrays)
+        partial.replace(path.with_suffix(".npz"))
+    write_json(
+        path,
+        {
+            **_about(outcome.member, num_steps),
+            "seconds": outcome.seconds,
+            "results": dict(outcome.results),
+            "history": {name: np.asarray(x, np.float64).tolist() for name, x in outcome.history.items()},
+        },
+    )
+
+
+def _load(folder: Path, member: Member, num_steps: int, abstract: Any) -> Outcome | None:
+    """What is kept of a member. `abstract`: the structure of its parameters, if they are wanted too."""
+    path = _file(folder, member)
+    if not path.exists() or (abstract is not None and not path.with_suffix(".npz").exists()):
+        return None
+    kept = read_json(path)
+    about = json.loads(json.dumps(_about(member, num_steps)))
+    if {name: kept.get(name) for name in about} != about:
+        raise DataError(f"{path} is of a run with other settings: { ({n: kept.get(n) for n in about}) }, here {about}")
+    params = None
+    if abstract is not None:
+        flat = np.load(path.with_suffix(".npz"), allow_pickle=False)
+        params = trees.map_named(lambda name, _: jnp.asarray(flat[name]), abstract)
+    history = {name: np.array(x, np.float32) for name, x in kept["history"].items()}
+    results = {name: number(x) for name, x in kept["results"].items()}
+    return Outcome(member, history, results, kept["seconds"], params)

@@ -1,0 +1,51 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.data.packing import read_rows
+from jaxlm.data.resident import ResidentRows, resident_rows
+from jaxlm.data.sources import Document
+from jaxlm.data.store import build_store
+from jaxlm.data.tokenizers import ByteTokenizer
+
+ROWS = ResidentRows({"x": jnp.arange(10), "y": jnp.arange(20).reshape(10, 2)})
+
+
+def test_every_row_comes_once_an_epoch_in_the_keys_own_order():
+    def epoch(seed, first):
+        batches = [ROWS.sample(jax.random.key(seed), jnp.int32(first + i), 3) for i in range(3)]
+        assert all((b["y"][:, 0] == 2 * b["x"]).all() for b in batches)
+        return np.concatenate([b["x"] for b in batches]).tolist()
+
+    orders = [epoch(0, 0), epoch(0, 3), epoch(1, 0)]
+    assert all(len(set(order)) == 9 for order in orders)
+    assert orders[0] != orders[1]
+    assert orders[0] != orders[2]
+    assert epoch(0, 0) == orders[0]
+    with pytest.raises(ConfigError, match="a batch of 11 rows of 10"):
+        ROWS.sample(jax.random.key(0), jnp.int32(0), 11)
+
+
+def test_parts_are_disjoint_and_spread():
+    many = ResidentRows({"x": jnp.arange(1000)})
+    first, second = (np.asarray(part.arrays["x"]) for part in many.cut(0.3, 0.5))
+    assert not set(first) & set(second)
+    assert (len(first), len(second)) == (pytest.approx(300, abs=3), pytest.approx(500, abs=3))
+    assert max(np.diff(first)) < 10
+    with pytest.raises(ConfigError, match="add up to 1"):
+        many.cut(0.7, 0.5)
+    with pytest.raises(DataError, match="too few"):
+        ResidentRows({"x": jnp.arange(1)}).cut(0.5, 0.5)
+
+
+def test_rows_are_those_of_the_store(tmp_path):
+    documents = [Document(f"file {i} " * 5, str(i)) for i in range(8)]
+    store = build_store(tmp_path / "store", {"notes": documents}, ByteTokenizer(), seed=0)
+    rows = resident_rows(store, 16, max_rows=3, columns=("inputs", "targets", "loss_weights"))
+    assert rows.count == 3
+    assert set(rows.arrays) == {"inputs", "targets", "loss_weights"}
+    for name, x in read_rows(store, 0, np.arange(3), 16).items():
+        if name in rows.arrays:
+            np.testing.assert_array_equal(rows.arrays[name], x)

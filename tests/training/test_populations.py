@@ -1,0 +1,109 @@
+"""Populations: a member is its own run, alone, mapped or resumed."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.core.keys import fold
+from jaxlm.data.resident import ResidentRows
+from jaxlm.evals import resident_loss
+from jaxlm.models import Decoder
+from jaxlm.objectives import CausalLM
+from jaxlm.optim import FromHparams, adamw
+from jaxlm.testing import tiny_config
+from jaxlm.training import Member, init_state, make_step, train_members
+
+MODEL = Decoder(tiny_config("llama", num_layers=1))
+OBJECTIVE = CausalLM(MODEL)
+TX = adamw(FromHparams(), axes=MODEL.axes(), weight_decay=0.0)
+IDS = np.random.default_rng(0).integers(0, 64, (12, 9)).astype(np.int32)
+ROWS = ResidentRows(
+    {"inputs": jnp.asarray(IDS[:, :-1]), "targets": jnp.asarray(IDS[:, 1:]), "loss_weights": jnp.ones((12, 8))}
+)
+MEMBERS = [Member("slow", 0, {"learning_rate": 1e-3}), Member("fast", 0, {"learning_rate": 1e-2}),
+           Member("other", 1, {"learning_rate": 1e-2})]  # fmt: skip
+
+
+def init(key, hparams):
+    return init_state(MODEL.init(key)["params"], TX, key, hparams=hparams)
+
+
+def train(members=MEMBERS, **options):
+    loss = resident_loss(OBJECTIVE, ROWS, 4)
+    return train_members(
+        members,
+        init=init,
+        step=make_step(OBJECTIVE, TX),
+        sample=lambda key, step: ROWS.sample(key, step, 4),
+        num_steps=5,
+        evaluate=lambda params: {"loss": loss(params)},
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def looped():
+    return train(how="loop", keep_params=True)
+
+
+def test_members_are_the_runs_of_a_plain_loop(looped):
+    step = jax.jit(make_step(OBJECTIVE, TX))
+    key = jax.random.key(1)
+    state, losses = init(key, {"learning_rate": 1e-2}), []
+    for i in range(5):
+        state, metrics = step(state, None, ROWS.sample(fold(key, "data"), jnp.int32(i), 4))
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    np.testing.assert_allclose(looped[2].history["loss"], losses, rtol=1e-5)
+    chex.assert_trees_all_close(looped[2].params, state.trainable, atol=1e-4)
+    assert looped[2].results["loss"] == pytest.approx(
+        float(resident_loss(OBJECTIVE, ROWS, 4)(state.trainable)), rel=1e-4
+    )
+
+
+def test_mapped_members_are_the_same(looped):
+    for one, other in zip(looped, train(how="vmap", keep_params=True)):
+        assert one.member == other.member
+        chex.assert_trees_all_close(one.history, other.history, rtol=1e-4)
+        chex.assert_trees_all_close(one.params, other.params, atol=1e-4)
+        assert one.results == pytest.approx(other.results, rel=1e-4)
+
+
+def test_a_study_goes_on_with_the_members_that_are_missing(looped, tmp_path):
+    seen = []
+    train(MEMBERS[:2], how="loop", keep_params=True, folder=tmp_path, report=seen.append)
+    again = train(how="loop", keep_params=True, folder=tmp_path, report=seen.append)
+    assert [outcome.member.name for outcome in seen] == ["slow", "fast", "other"]
+    for one, other in zip(looped, again):
+        chex.assert_trees_all_equal(one.params, other.params)
+        chex.assert_trees_all_close(one.history, other.history)
+        assert one.results == other.results
+    kept = json.loads((tmp_path / "slow.json").read_text())
+    assert kept["num_steps"] == 5
+    assert len(kept["history"]["loss"]) == 5
+    with pytest.raises(DataError, match="slow.json is of a run with other settings"):
+        train([MEMBERS[0]._replace(seed=3)], folder=tmp_path)
+
+
+def test_a_member_that_diverges_says_so(tmp_path):
+    (outcome,) = train([Member("wild", 0, {"learning_rate": 1e30})], folder=tmp_path)
+    assert not np.isfinite(outcome.results["loss"])
+    (again,) = train([Member("wild", 0, {"learning_rate": 1e30})], folder=tmp_path)
+    np.testing.assert_equal(again.results["loss"], outcome.results["loss"])
+
+
+def test_what_cannot_be_trained_is_refused():
+    for members, said in (
+        ([], "no members"),
+        ([MEMBERS[0], MEMBERS[0]], "several members are named slow"),
+        ([MEMBERS[0], Member("bare", 0)], "hparams of 'bare' are \\[\\]"),
+        ([Member("nan", 0, {"learning_rate": np.nan})], "learning_rate is not finite"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            train(members)
+    with pytest.raises(ConfigError, match="how is 'pmap'"):
+        train(how="pmap")
