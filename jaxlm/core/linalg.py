@@ -44,12 +44,19 @@ def leading_singular_vectors(
     """The first `rank` singular vectors of each matrix: `(left, None)`, `(None, right)` or both. Float32.
 
     `left` spans the best `rank`-dimensional subspace for the columns, so that `left @ left.mT @ x` is the best
-    approximation of that rank (Eckart and Young); so does `right` for the rows.
+    approximation of that rank (Eckart and Young); so does `right` for the rows. Signs, which a decomposition leaves
+    open, are such that the largest entry of every vector is positive: on any platform and layout the same.
     """
     left, _, right = jnp.linalg.svd(x.astype(jnp.float32), full_matrices=False)
+
+    def signed(vectors: Array) -> Array:
+        vectors = vectors[..., :rank]
+        largest = jnp.argmax(jnp.abs(vectors), axis=-2, keepdims=True)
+        return vectors * jnp.sign(jnp.take_along_axis(vectors, largest, axis=-2))
+
     return (
-        left[..., :rank] if side in ("rows", "both") else None,
-        right.mT[..., :rank] if side in ("columns", "both") else None,
+        signed(left) if side in ("rows", "both") else None,
+        signed(right.mT) if side in ("columns", "both") else None,
     )
 
 

@@ -37,7 +37,7 @@ def scale_by_spam(
 
     A gradient with `g^2 > threshold * v` becomes `sign(g) * sqrt(threshold * v)`, except in the first `quiet` steps
     of the run and after each reset, when `v` knows too little. At a reset both moments become zero, and the direction
-    is multiplied by a cosine from 0.01 to 1 over the next `warmup` steps. The count of the bias correction goes on,
+    is multiplied by a factor that rises along a cosine from near 0.01 to 1 over the next `warmup` steps. The count of the bias correction goes on,
     as in the released code.
 
     Source: SPAM: Spike-Aware Adam with Momentum Reset (Huang et al., 2025, arXiv 2501.06842) and its released code.
@@ -60,8 +60,8 @@ def scale_by_spam(
         phase = step % period
         reset = (phase == 0) & (step > 0)
         clips = (step >= quiet) & (phase >= quiet)
-        # The rate after a reset: 1 - 0.99 times a cosine that would reach 0 one step after the warm-up.
-        rising = 1.0 - 0.99 * 0.5 * (1.0 + jnp.cos(jnp.pi * phase / (warmup + 1)))
+        # After a reset: 1 - 0.99 times a cosine from 1, already one step on, that is at 0 a step after the warm-up.
+        rising = 1.0 - 0.99 * 0.5 * (1.0 + jnp.cos(jnp.pi * (phase + 1) / (warmup + 1)))
         factor = jnp.where((step >= period) & (phase < warmup), rising, 1.0)
         count = optax.safe_increment(state.count)
 
