@@ -183,8 +183,9 @@ def shardings(mesh: Mesh, axes: Any, shapes: Any, rules: Rules | None = None) ->
 def like_params(tree: Any, params: Any, param_shardings: Any, mesh: Mesh) -> Any:
     """Shardings for a tree that contains copies of the parameters' tree, such as an optimizer's state.
 
-    A leaf whose path ends with a parameter's path and whose shape is the parameter's is sharded like it (momenta,
-    averages); every other leaf (counters, factored statistics) is replicated.
+    A leaf whose path ends with a parameter's path and that has as many axes lies like the parameter along every axis
+    of the same size (momenta, averages), and is whole along the others (the rank of a projection, blocks of a
+    quantized moment). Every other leaf (counters, factored statistics) is replicated.
     """
     known = {
         path: (leaf.shape, sharding)
@@ -198,6 +199,12 @@ def like_params(tree: Any, params: Any, param_shardings: Any, mesh: Mesh) -> Any
             shape, sharding = known.get("/".join(parts[start:]), (None, None))
             if shape == leaf.shape:
                 return sharding
+            if shape is not None and len(shape) == len(leaf.shape):
+                spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+                return NamedSharding(
+                    mesh,
+                    PartitionSpec(*[p if n == m else None for p, n, m in zip(spec, leaf.shape, shape, strict=True)]),
+                )
         return replicated
 
     return trees.map_named(one, tree)

@@ -3,20 +3,69 @@
 What each parameter is for is read by `jaxlm.optim.roles`.
 """
 
+from jaxlm.optim.apollo import apollo, apollo_mini, scale_by_apollo
 from jaxlm.optim.config import OptimizerConfig
+from jaxlm.optim.eight_bit import (
+    adamw_8bit,
+    dequantize_blocks,
+    dynamic_code_book,
+    quantize_blocks,
+    scale_by_adam_8bit,
+)
+from jaxlm.optim.fisher import natural_gradient, scale_by_empirical_fisher
+from jaxlm.optim.galore import fira, galore, natural_galore, scale_by_fira, scale_by_galore
 from jaxlm.optim.learning_rate import FromHparams, LearningRate, scale_by_learning_rate
-from jaxlm.optim.optimizers import DECAYED_ROLES, adamw, muon
+from jaxlm.optim.limiters import limit_norm_growth
+from jaxlm.optim.normalized import (
+    normalize_gradients,
+    scale_by_axis_rms,
+    scale_by_orthogonalization,
+    scale_by_swan,
+    scale_optimizer,
+    swan,
+)
+from jaxlm.optim.optimizers import adamw, muon
+from jaxlm.optim.projection import Projection
 from jaxlm.optim.schedules import Schedule, rewarm, warmup_stable_decay
+from jaxlm.optim.spam import scale_by_spam, scale_by_stable_spam, spam, stable_spam
+from jaxlm.optim.wiring import DECAYED_ROLES
 
 __all__ = [
     "DECAYED_ROLES",
     "FromHparams",
     "LearningRate",
     "OptimizerConfig",
+    "Projection",
     "Schedule",
     "adamw",
+    "adamw_8bit",
+    "apollo",
+    "apollo_mini",
+    "dequantize_blocks",
+    "dynamic_code_book",
+    "fira",
+    "galore",
+    "limit_norm_growth",
     "muon",
+    "natural_galore",
+    "natural_gradient",
+    "normalize_gradients",
+    "quantize_blocks",
     "rewarm",
+    "scale_by_adam_8bit",
+    "scale_by_apollo",
+    "scale_by_axis_rms",
+    "scale_by_empirical_fisher",
+    "scale_by_fira",
+    "scale_by_galore",
     "scale_by_learning_rate",
+    "scale_by_orthogonalization",
+    "scale_by_spam",
+    "scale_by_stable_spam",
+    "scale_by_swan",
+    "scale_optimizer",
+    "spam",
+    "stable_spam",
+    "swan",
     "warmup_stable_decay",
 ]

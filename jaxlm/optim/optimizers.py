@@ -13,12 +13,9 @@ import jax
 import optax
 from optax import contrib
 
-from jaxlm.core.errors import ConfigError
-from jaxlm.optim import roles
+from jaxlm.optim import roles, wiring
 from jaxlm.optim.learning_rate import LearningRate, scale_by_learning_rate
-
-DECAYED_ROLES = ("matrix", "embed", "tied", "head", "router", "conv")
-"""Weight decay by default: tables and kernels; not norm scales and biases, implicit filters and codebooks."""
+from jaxlm.optim.wiring import DECAYED_ROLES
 
 
 def adamw(
@@ -51,12 +48,13 @@ def adamw(
     Raises:
       ConfigError: a value out of its range, a leaf without a role, an unknown role in `decay`.
     """
-    adam = _adam(b1, b2, eps, mu_dtype)
-    return optax.chain(
-        *_clip(clip_norm),
-        adam,
-        *_decay(weight_decay, decay, axes),
-        scale_by_learning_rate(learning_rate),
+    return wiring.optimizer(
+        learning_rate,
+        wiring.adam(b1, b2, eps, mu_dtype),
+        axes=axes,
+        weight_decay=weight_decay,
+        decay=decay,
+        clip_norm=clip_norm,
     )
 
 
@@ -97,8 +95,7 @@ def muon(
         orthogonal matrix, so that one learning rate and weight decay serve Muon and Adam; None scales by
         `sqrt(max(1, out / in))` instead, and then Muon wants a rate of its own.
       muon_roles: which parameters Muon takes: roles, or a predicate on `(path, role)`. Their last two axes
-      are
-        `(in, out)`.
+        are `(in, out)`.
       adam_learning_rate: the rate of the rest; None is `learning_rate`.
       adam_b1, adam_b2, adam_eps: Adam's moments and epsilon for the rest.
       weight_decay: strength of the decoupled decay, times the learning rate of each group.
@@ -107,15 +104,10 @@ def muon(
       mu_dtype: dtype of the momentum and of Adam's first moment; None is that of the parameter.
 
     Raises:
-      ConfigError: a value out of its range, a leaf without a role, an unknown role.
+      ConfigError: a value out of its range, a leaf without a role, an unknown role, no parameter for Muon.
     """
-    _check_fraction("beta", beta)
-    if ns_steps < 1:
-        raise ConfigError(f"ns_steps is {ns_steps}, expected >= 1")
-    takes = roles.as_predicate(muon_roles)
-
-    def groups(params):
-        return roles.select(params, axes, lambda path, role: "muon" if takes(path, role) else "adam")
+    wiring.check_fraction("beta", beta)
+    wiring.check_count("ns_steps", ns_steps)
 
     def dimensions(params):
         return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params)
@@ -132,21 +124,17 @@ def muon(
     )
     rate = scale_by_learning_rate(learning_rate)
     if adam_learning_rate is not None:
-        rate = optax.partition({"muon": rate, "adam": scale_by_learning_rate(adam_learning_rate)}, groups)
-    return optax.chain(
-        *_clip(clip_norm),
-        optax.partition({"muon": orthogonalize, "adam": _adam(adam_b1, adam_b2, adam_eps, mu_dtype)}, groups),
-        *_decay(weight_decay, decay, axes),
+        rate = wiring.matrix_or_adam("muon", rate, muon_roles, scale_by_learning_rate(adam_learning_rate), axes)
+    return wiring.optimizer(
         rate,
+        wiring.matrix_or_adam(
+            "muon", orthogonalize, muon_roles, wiring.adam(adam_b1, adam_b2, adam_eps, mu_dtype), axes
+        ),
+        axes=axes,
+        weight_decay=weight_decay,
+        decay=decay,
+        clip_norm=clip_norm,
     )
-
-
-def _adam(b1: float, b2: float, eps: float, mu_dtype: Any) -> optax.GradientTransformation:
-    _check_fraction("b1", b1)
-    _check_fraction("b2", b2)
-    if not eps >= 0:
-        raise ConfigError(f"eps is {eps}, expected >= 0")
-    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
 
 def _shape_scale(shape: tuple[int, ...], consistent_rms: float | None) -> float:
@@ -154,28 +142,3 @@ def _shape_scale(shape: tuple[int, ...], consistent_rms: float | None) -> float:
     if consistent_rms is None:
         return max(1.0, fan_out / fan_in) ** 0.5
     return max(fan_in, fan_out) ** 0.5 * consistent_rms
-
-
-def _clip(clip_norm: float | None) -> list[optax.GradientTransformation]:
-    if clip_norm is None:
-        return []
-    if not clip_norm > 0:
-        raise ConfigError(f"clip_norm is {clip_norm}, expected > 0, or None not to clip")
-    return [optax.clip_by_global_norm(clip_norm)]
-
-
-def _decay(
-    weight_decay: float, decay: roles.Predicate | Collection[str], axes: Any
-) -> list[optax.GradientTransformation]:
-    roles.roles(axes)  # a leaf without a role is an error before any compute
-    chosen = roles.as_predicate(decay)
-    if not weight_decay >= 0:
-        raise ConfigError(f"weight_decay is {weight_decay}, expected >= 0")
-    if weight_decay == 0:
-        return []
-    return [optax.add_decayed_weights(weight_decay, mask=lambda params: roles.mask(params, axes, chosen))]
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ConfigError(f"{name} is {value}, expected 0 <= {name} < 1")

@@ -104,6 +104,16 @@ def mask(params: Any, axes: Any, chosen: Predicate | Collection[str]) -> Any:
     return select(params, axes, as_predicate(chosen))
 
 
+def own_ndim(params: Any, axes: Any) -> Any:
+    """How many of each array's axes are its own, without the leading `layers` and `experts`, as `params`."""
+
+    def own(names: Axes) -> int:
+        return next((len(names) - i for i, name in enumerate(names) if name not in LEADING_AXES), 0)
+
+    known = {path: own(names) for path, names in named_leaves(axes, is_leaf=is_axes)}
+    return select(params, axes, lambda path, role: known[path])
+
+
 def as_predicate(chosen: Predicate | Collection[str]) -> Predicate:
     """A predicate on `(path, role)` from one, or from a collection of roles (each checked)."""
     if callable(chosen):

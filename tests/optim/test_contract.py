@@ -1,6 +1,8 @@
 """What every optimizer of jaxlm promises. A new one joins by a line in `MEMBERS`."""
 
+import collections
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +10,66 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError
-from jaxlm.optim import FromHparams, adamw, muon, roles, warmup_stable_decay
+from jaxlm.optim import (
+    FromHparams,
+    adamw,
+    adamw_8bit,
+    apollo,
+    apollo_mini,
+    fira,
+    galore,
+    muon,
+    natural_galore,
+    roles,
+    scale_optimizer,
+    spam,
+    stable_spam,
+    swan,
+    warmup_stable_decay,
+)
+from jaxlm.training import Checkpoints, init_state, state_shardings
+
+LOW_RANK = {"rank": 2, "period": 3}
 
 MEMBERS = {
-    "adamw": lambda axes, learning_rate: adamw(learning_rate, axes=axes),
-    "adamw_clipped": lambda axes, learning_rate: adamw(learning_rate, axes=axes, clip_norm=0.5),
-    "muon": lambda axes, learning_rate: muon(learning_rate, axes=axes),
-    "muon_two_rates": lambda axes, learning_rate: muon(
-        learning_rate, axes=axes, adam_learning_rate=learning_rate, consistent_rms=None, clip_norm=1.0
+    "adamw": (adamw, {}),
+    "adamw_clipped": (adamw, {"clip_norm": 0.5}),
+    "muon": (muon, {}),
+    "muon_two_rates": (muon, {"consistent_rms": None, "clip_norm": 1.0, "adam_learning_rate": "the same"}),
+    "scale": (scale_optimizer, {}),
+    "scale_rows_all_momentum": (
+        scale_optimizer,
+        {"normalization": "row", "momentum_roles": ("matrix", "embed", "head"), "adam_learning_rate": "the same"},
     ),
+    "scale_singular": (scale_optimizer, {"normalization": "singular"}),
+    "swan": (swan, {}),
+    "galore": (galore, {**LOW_RANK, "scale": 1.0}),
+    "galore_both_sides_random": (galore, {**LOW_RANK, "scale": 1.0, "side": "both", "refresh": "orthogonal"}),
+    "natural_galore": (
+        natural_galore,
+        {**LOW_RANK, "scale": 1.0, "history": 2, "damping": 1.0, "damping_mode": "relative"},
+    ),
+    "natural_galore_larger": (natural_galore, {**LOW_RANK, "scale": 1.0, "history": 4, "side": "larger"}),
+    "fira": (fira, LOW_RANK),
+    "apollo": (apollo, LOW_RANK),
+    "apollo_mini": (apollo_mini, {"period": 3, "scale": 4.0, "scale_front": True}),
+    "spam": (spam, {"period": 100, "warmup": 3, "quiet": 1, "threshold": 10.0}),
+    "stable_spam": (stable_spam, {"period": 100, "decay_steps": 300}),
+    "adamw_8bit": (adamw_8bit, {"block": 4, "min_size": 1}),
 }
+STATIC = (
+    "rank", "period", "history", "block", "min_size", "warmup", "quiet", "ns_steps", "seed", "decay_steps",
+)  # fmt: skip
+
+
+def build(name, learning_rate, axes, factory=None):
+    default, settings = MEMBERS[name]
+    if "adam_learning_rate" in settings:
+        settings = {**settings, "adam_learning_rate": learning_rate}
+    return (factory or default)(learning_rate, axes=axes, weight_decay=0.1, **settings)
+
 
 AXES = {
     "embed": {"table": ("vocab", "embed")},
@@ -48,10 +99,10 @@ SIZES = {
 STEP = jnp.int32(7)
 
 
-def tree(seed, dtype=jnp.float32):
+def tree(seed, dtype=jnp.float32, sizes=SIZES):
     """A random value for every leaf of AXES."""
     rng = np.random.default_rng(seed)
-    shape = lambda axes: [SIZES[name] for name in axes]  # noqa: E731
+    shape = lambda axes: [sizes[name] for name in axes]  # noqa: E731
     return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=shape(a)), dtype), AXES, is_leaf=roles.is_axes)
 
 
@@ -78,9 +129,14 @@ def assert_trees_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-@pytest.fixture(params=MEMBERS, name="make")
-def _make(request):
-    return lambda learning_rate=0.01: MEMBERS[request.param](AXES, learning_rate)
+@pytest.fixture(params=MEMBERS)
+def member(request):
+    return request.param
+
+
+@pytest.fixture(name="make")
+def _make(member):
+    return lambda learning_rate=0.01: build(member, learning_rate, AXES)
 
 
 def test_jit_gives_what_eager_gives_and_compiles_once(make):
@@ -132,12 +188,15 @@ def test_updates_and_state_keep_dtypes_shapes_and_structure(make, dtype):
     assert jax.eval_shape(tx.init, params) == of(state)
 
 
-def test_state_arrays_have_the_shape_of_a_parameter_or_are_small(make):
-    """Sharding follows from this: a state array is laid out like its parameter, or replicated."""
-    params = tree(0)
-    shapes = {p.shape for p in jax.tree.leaves(params)}
-    for leaf in jax.tree.leaves(jax.eval_shape(make().init, params)):
-        assert leaf.shape in shapes or leaf.size <= 64, leaf
+def test_state_arrays_lie_like_their_parameter_or_are_small(make):
+    """On a mesh that divides every axis of the large parameters, nothing larger than those is on every device."""
+    sizes = {**SIZES, "vocab": 64, "embed": 16, "mlp": 32}
+    params = tree(0, sizes=sizes)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+    state = jax.eval_shape(lambda: init_state(params, make(), jax.random.key(0)))
+    lies = state_shardings(mesh, state, shardings(mesh, params))
+    for leaf, where in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(lies.opt_state), strict=True):
+        assert not where.is_fully_replicated or leaf.size <= 2 * 16 * 6, (leaf, where)
 
 
 def test_frozen_leaves_are_left_out_and_the_others_do_not_notice(make):
@@ -187,7 +246,7 @@ def test_the_rate_follows_the_step_of_the_caller_not_a_count(make):
     state = tx.init(params)
     late, _ = update(tx, gradients, state, params, jnp.int32(25))
     constant = make(0.5)
-    same, _ = update(constant, gradients, constant.init(params), params)
+    same, _ = update(constant, gradients, constant.init(params), params, jnp.int32(25))
     assert_trees_close(late, same, rtol=1e-6, atol=1e-9)
     at_zero, _ = update(tx, gradients, state, params, jnp.int32(0))
     assert not any(np.any(u) for u in jax.tree.leaves(at_zero))
@@ -204,7 +263,7 @@ def test_missing_step_and_hparams_are_named_and_unknown_extra_arguments_ignored(
     with pytest.raises(ConfigError, match="did you mean 'learning_rat'"):
         tx.update(gradients, tx.init(params), params, step=STEP, hparams={"learning_rat": 1.0})
     tx = make(0.1)
-    tx.update(gradients, tx.init(params), params, something_else=3)
+    tx.update(gradients, tx.init(params), params, step=STEP, something_else=3)
 
 
 def test_state_is_a_carry_that_learns(make):
@@ -223,7 +282,143 @@ def test_state_is_a_carry_that_learns(make):
     assert distance(params) < 0.05 * distance(start)
 
 
+def test_inject_hyperparams_makes_any_number_a_part_of_the_state(member, make):
+    factory = MEMBERS[member][0]
+    static = [name for name in STATIC if name in inspect.signature(factory).parameters]
+    tx = build(member, 0.3, AXES, optax.inject_hyperparams(factory, static_args=static))
+    params, gradients = tree(0), tree(1)
+    state = tx.init(params)
+    assert {"learning_rate", "weight_decay"} <= set(state.hyperparams)
+    for name in ("learning_rate", "adam_learning_rate"):
+        if name in state.hyperparams:
+            state.hyperparams[name] = jnp.float32(0.01)
+    updates, state = update(tx, gradients, state, params)
+    expected, _ = update(make(0.01), gradients, make(0.01).init(params), params)
+    assert_trees_close(updates, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_it_is_a_link_in_a_chain(make):
+    tx = optax.chain(optax.scale(2.0), make(), optax.scale(0.5))
+    params, gradients = tree(0), tree(1)
+    updates, _ = update(tx, gradients, tx.init(params), params)
+    alone, _ = update(make(), jax.tree.map(lambda g: 2 * g, gradients), make().init(params), params)
+    assert_trees_close(updates, jax.tree.map(lambda u: 0.5 * u, alone), rtol=1e-5, atol=1e-8)
+
+
+def test_a_stack_of_layers_and_experts_equals_each_alone(member):
+    """Three updates of a stack, a refresh of low-rank bases among them, against one optimizer a layer."""
+    random = MEMBERS[member][1].get("refresh") == "orthogonal" or member.startswith("apollo")
+    if random:
+        pytest.skip("random projections are drawn for each layer, from the stack's own key")
+    axes = {"w": ("layers", "experts", "embed", "mlp")}
+    rng = np.random.default_rng(0)
+    draws = [jnp.asarray(rng.normal(size=(2, 2, 4, 6)), jnp.float32) for _ in range(4)]
+    # Clipping is by the norm of everything, which is another one alone.
+    draws = [draws[0], *(d * 1e-3 if "clip_norm" in MEMBERS[member][1] else d for d in draws[1:])]
+    stacked = run_updates(build(member, 0.1, axes), [{"w": d} for d in draws])["w"]
+    one = build(member, 0.1, {"w": ("embed", "mlp")})
+    for i, j in np.ndindex(2, 2):
+        alone = run_updates(one, [{"w": d[i, j]} for d in draws])["w"]
+        np.testing.assert_allclose(stacked[i, j], alone, rtol=2e-4, atol=1e-6)
+
+
+def run_updates(tx, draws):
+    params, *gradients = draws
+    state = tx.init(params)
+    for step, g in enumerate(gradients, 2):
+        updates, state = update(tx, g, state, params, jnp.int32(step))
+    return updates
+
+
+def test_decompositions_happen_in_the_one_branch_of_a_refresh(make):
+    """Also for many members in one program: a `cond` on something mapped would become a `select`."""
+    tx, params = make(), tree(0)
+    states = jax.eval_shape(lambda: jax.vmap(lambda _: tx.init(params))(jnp.arange(2)))
+    stacked = jax.eval_shape(lambda: jax.tree.map(lambda p: jnp.stack([p, p]), params))
+
+    def one(g, s, p, step):
+        return tx.update(g, s, p, step=step)
+
+    for traced in (
+        jax.make_jaxpr(one)(params, jax.eval_shape(tx.init, params), params, STEP),
+        jax.make_jaxpr(jax.vmap(one, in_axes=(0, 0, 0, None)))(stacked, states, stacked, STEP),
+    ):
+        always, inside = primitives(traced.jaxpr)
+        assert inside["cond"] == 0
+        assert not {"svd", "qr", "householder_product", "eigh"} & set(always)
+        assert always["cond"] == int(bool({"svd", "householder_product"} & set(inside)))
+
+
+def primitives(jaxpr):
+    """Counts of primitives that always run, and of those in branches of `cond`."""
+    always, inside = collections.Counter(), collections.Counter()
+    for eqn in jaxpr.eqns:
+        always[eqn.primitive.name] += 1
+        for sub in jax.core.jaxprs_in_params(eqn.params):
+            a, b = primitives(sub)
+            inside += b + (a if eqn.primitive.name == "cond" else collections.Counter())
+            always += collections.Counter() if eqn.primitive.name == "cond" else a
+    return always, inside
+
+
+def shardings(mesh, params):
+    rules = {"router": None, "conv_width": None}
+    return sharding.shardings(mesh, AXES, jax.eval_shape(lambda: params), rules)
+
+
+def test_sharded_over_eight_devices_equals_one_device(make):
+    sizes = {**SIZES, "vocab": 12, "embed": 4, "mlp": 8}
+    tx, params = make(), tree(0, sizes=sizes)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    lies = state_shardings(mesh, init_state(params, tx, jax.random.key(0)), shardings(mesh, params))
+    state = tx.init(params)
+    placed, there = jax.device_put(state, lies.opt_state), jax.device_put(params, lies.trainable)
+    sharded = jax.jit(
+        lambda g, s, p, step: tx.update(g, s, p, step=step), out_shardings=(lies.trainable, lies.opt_state)
+    )
+    for step in (2, 3, 4):  # the second one refreshes
+        gradients = tree(step, sizes=sizes)
+        updates, state = update(tx, gradients, state, params, jnp.int32(step))
+        there_updates, placed = sharded(jax.device_put(gradients, lies.trainable), placed, there, jnp.int32(step))
+        assert_trees_close(jax.device_get(there_updates), jax.device_get(updates), rtol=1e-3, atol=1e-5)
+
+
+def test_saved_and_restored_it_goes_on_to_the_bit(tmp_path):
+    """All members in one checkpoint, written between two refreshes and read in a fresh state."""
+    params = tree(0)
+
+    def updates_of(states, steps):
+        out = {}
+        for name in MEMBERS:
+            for step in steps:
+                out[name], states[name] = update(txs[name], tree(step + 1), states[name], params, jnp.int32(step))
+        return out, states
+
+    txs = {name: build(name, 0.1, AXES) for name in MEMBERS}
+    _, states = updates_of({name: tx.init(params) for name, tx in txs.items()}, range(2))
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.save(1, states, {})
+    checkpoints.wait()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states)
+    restored = checkpoints.restore(abstract).state
+    checkpoints.close()
+    straight, resumed = updates_of(states, range(2, 5)), updates_of(restored, range(2, 5))
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+
+
+NEEDS_MATRICES = [name for name, (factory, _) in MEMBERS.items() if factory not in (adamw, spam, stable_spam)]
+
+
+@pytest.mark.parametrize("name", NEEDS_MATRICES)
+def test_roles_that_match_nothing_are_refused(name):
+    with pytest.raises(ConfigError, match=r"touch no parameter.*vector: norm"):
+        build(name, 0.1, {"norm": ("embed",)})
+    tx = build(name, 0.1, {"norm": ("embed",), "w": ("embed", "mlp")})
+    with pytest.raises(ConfigError, match="none of the parameters that are trained"):
+        tx.init({"norm": jnp.ones(4), "w": None})
+
+
 def test_a_leaf_without_a_role_is_an_error_before_any_compute():
-    for factory in MEMBERS.values():
+    for name in MEMBERS:
         with pytest.raises(ConfigError, match="block/query"):
-            factory({"block": {"query": ("layers", "embed", "heads", "head_dim")}}, 0.1)
+            build(name, 0.1, {"block": {"query": ("layers", "embed", "heads", "head_dim")}})
