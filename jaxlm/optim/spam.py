@@ -37,8 +37,8 @@ def scale_by_spam(
 
     A gradient with `g^2 > threshold * v` becomes `sign(g) * sqrt(threshold * v)`, except in the first `quiet` steps
     of the run and after each reset, when `v` knows too little. At a reset both moments become zero, and the direction
-    is multiplied by a factor that rises along a cosine from near 0.01 to 1 over the next `warmup` steps. The count of the bias correction goes on,
-    as in the released code.
+    is multiplied by a factor that rises along a cosine from near 0.01 to 1 over the next `warmup` steps. The count of
+    the bias correction goes on, as in the released code.
 
     Source: SPAM: Spike-Aware Adam with Momentum Reset (Huang et al., 2025, arXiv 2501.06842) and its released code.
 

@@ -79,15 +79,21 @@ def matrix_or_adam(
     rest: optax.GradientTransformation,
     axes: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`matrix` on the parameters that `matrix_roles` choose, `rest` on all others."""
+    """`matrix` on the parameters that `matrix_roles` choose, `rest` on all others.
+
+    Raises:
+      ConfigError: nothing is chosen, or a vector is (a stack of vectors would pass for a matrix).
+    """
     takes = roles.as_predicate(matrix_roles)
-    return by_role(
-        method,
-        {"matrix": matrix, "rest": rest},
-        lambda path, role: "matrix" if takes(path, role) else "rest",
-        axes,
-        needed=("matrix",),
-    )
+
+    def choose(path: str, role: str) -> str:
+        if not takes(path, role):
+            return "rest"
+        if role == "vector":
+            raise ConfigError(f"{method}: {path} is chosen, but its role is 'vector', and {method} is for matrices")
+        return "matrix"
+
+    return by_role(method, {"matrix": matrix, "rest": rest}, choose, axes, needed=("matrix",))
 
 
 def adam(b1: float, b2: float, eps: float, mu_dtype: Any = None) -> optax.GradientTransformation:

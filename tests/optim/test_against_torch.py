@@ -1,8 +1,8 @@
 """GaLore, Fira, APOLLO, SPAM, Stable-SPAM and 8-bit blocks against their authors' or others' PyTorch code.
 
 What that code computes is kept in `golden_torch.json`, so the comparison needs no PyTorch. Where `torch` and the
-packages `galore-torch`, `fira`, `apollo-torch`, `pytorch-optimizer` and `bitsandbytes` are installed, the kept numbers are
-computed anew and compared; `python tests/optim/test_against_torch.py` writes them.
+packages `galore-torch`, `fira`, `apollo-torch`, `pytorch-optimizer` and `bitsandbytes` are installed, the kept numbers
+are computed anew and compared; `python tests/optim/test_against_torch.py` writes them.
 """
 
 import json
@@ -151,7 +151,7 @@ def compute_golden():
     def with_signs_like_ours(get):
         """A decomposition leaves the signs of its vectors open, and moments outlive a basis, so they matter."""
 
-        def signed(self, weights, rank, type):  # noqa: A002
+        def signed(self, weights, rank, type):
             vectors = get(self, weights, rank, type)
             axis = 1 if type == "right" else 0
             largest = vectors.abs().argmax(axis, keepdim=True)

@@ -266,8 +266,11 @@ def test_missing_step_and_hparams_are_named_and_unknown_extra_arguments_ignored(
     tx.update(gradients, tx.init(params), params, step=STEP, something_else=3)
 
 
-def test_state_is_a_carry_that_learns(make):
-    """As in the jitted loop: 300 updates inside one scan bring a quadratic near its minimum."""
+def test_state_is_a_carry_that_learns(member, make):
+    """As in the jitted loop: 300 updates inside one scan bring a quadratic near its minimum.
+
+    With a rank of 2 most of a matrix stands still at any time.
+    """
     tx, target, start = make(warmup_stable_decay(0.05, 300, 10, 150)), tree(5), tree(6)
 
     def distance(p):
@@ -279,7 +282,7 @@ def test_state_is_a_carry_that_learns(make):
         return (optax.apply_updates(params, updates), state), None
 
     (params, _), _ = jax.jit(lambda p: jax.lax.scan(one, (p, tx.init(p)), jnp.arange(300)))(start)
-    assert distance(params) < 0.05 * distance(start)
+    assert distance(params) < (0.35 if "rank" in MEMBERS[member][1] else 0.05) * distance(start)
 
 
 def test_inject_hyperparams_makes_any_number_a_part_of_the_state(member, make):
@@ -345,8 +348,8 @@ def test_decompositions_happen_in_the_one_branch_of_a_refresh(make):
     ):
         always, inside = primitives(traced.jaxpr)
         assert inside["cond"] == 0
-        assert not {"svd", "qr", "householder_product", "eigh"} & set(always)
-        assert always["cond"] == int(bool({"svd", "householder_product"} & set(inside)))
+        assert not {"svd", "qr", "eigh"} & set(always)
+        assert always["cond"] == int(bool({"svd", "qr"} & set(inside)))
 
 
 def primitives(jaxpr):
@@ -361,23 +364,28 @@ def primitives(jaxpr):
     return always, inside
 
 
-def shardings(mesh, params):
+def shardings(mesh, params, axes=AXES):
     rules = {"router": None, "conv_width": None}
-    return sharding.shardings(mesh, AXES, jax.eval_shape(lambda: params), rules)
+    return sharding.shardings(mesh, axes, jax.eval_shape(lambda: params), rules)
+
+
+def few(full):
+    """One leaf of every kind that optimizers tell apart: what is compiled for eight devices takes long."""
+    return {"head": full["head"], "norm": full["norm"], "runs": [{"expert": full["runs"][0]["expert"]}]}
 
 
 def test_sharded_over_eight_devices_equals_one_device(make):
     sizes = {**SIZES, "vocab": 12, "embed": 4, "mlp": 8}
-    tx, params = make(), tree(0, sizes=sizes)
+    tx, params = make(), few(tree(0, sizes=sizes))
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
-    lies = state_shardings(mesh, init_state(params, tx, jax.random.key(0)), shardings(mesh, params))
+    lies = state_shardings(mesh, init_state(params, tx, jax.random.key(0)), shardings(mesh, params, few(AXES)))
     state = tx.init(params)
     placed, there = jax.device_put(state, lies.opt_state), jax.device_put(params, lies.trainable)
     sharded = jax.jit(
         lambda g, s, p, step: tx.update(g, s, p, step=step), out_shardings=(lies.trainable, lies.opt_state)
     )
     for step in (2, 3, 4):  # the second one refreshes
-        gradients = tree(step, sizes=sizes)
+        gradients = few(tree(step, sizes=sizes))
         updates, state = update(tx, gradients, state, params, jnp.int32(step))
         there_updates, placed = sharded(jax.device_put(gradients, lies.trainable), placed, there, jnp.int32(step))
         assert_trees_close(jax.device_get(there_updates), jax.device_get(updates), rtol=1e-3, atol=1e-5)
@@ -385,13 +393,14 @@ def test_sharded_over_eight_devices_equals_one_device(make):
 
 def test_saved_and_restored_it_goes_on_to_the_bit(tmp_path):
     """All members in one checkpoint, written between two refreshes and read in a fresh state."""
-    params = tree(0)
+    params = few(tree(0))
 
     def updates_of(states, steps):
-        out = {}
+        out, states = {}, dict(states)
         for name in MEMBERS:
             for step in steps:
-                out[name], states[name] = update(txs[name], tree(step + 1), states[name], params, jnp.int32(step))
+                gradients = few(tree(step + 1))
+                out[name], states[name] = update(txs[name], gradients, states[name], params, jnp.int32(step))
         return out, states
 
     txs = {name: build(name, 0.1, AXES) for name in MEMBERS}
