@@ -10,6 +10,7 @@ from jaxlm.optim.apollo import apollo, apollo_mini
 from jaxlm.optim.eight_bit import adamw_8bit
 from jaxlm.optim.fisher import DAMPING_MODES
 from jaxlm.optim.galore import fira, galore, natural_galore
+from jaxlm.optim.learning_rate import FromHparams
 from jaxlm.optim.normalized import HEAD_ROLES, NORMALIZATIONS, NORMALIZED_ROLES, scale_optimizer, swan
 from jaxlm.optim.optimizers import adamw, muon
 from jaxlm.optim.schedules import DECAY_SHAPES, Schedule, warmup_stable_decay
@@ -135,15 +136,16 @@ class OptimizerConfig:
             self.end_fraction,
         )
 
-    def make(self, steps: int, axes: Any) -> optax.GradientTransformationExtraArgs:
+    def make(self, steps: int, axes: Any, *, sweep: bool = False) -> optax.GradientTransformationExtraArgs:
         """The Optax transformation for parameters with these logical axes.
 
-        `b1`, `b2` and `eps` are those of Adam wherever the optimizer has one.
+        `b1`, `b2` and `eps` are those of Adam wherever the optimizer has one. With `sweep` the top of the schedule is
+        `hparams["learning_rate"]` of the run's state in place of `learning_rate`.
 
         Raises:
           ConfigError: an option out of its range, or an optimizer whose roles match no parameter.
         """
-        schedule = self.schedule(steps)
+        schedule = FromHparams(schedule=self.schedule(steps, peak=1.0)) if sweep else self.schedule(steps)
         shared = {"axes": axes, "weight_decay": self.weight_decay, "clip_norm": self.clip_norm}
         adam = {"b1": self.b1, "b2": self.b2, "eps": self.eps}
         adam_for_rest = {"adam_b1": self.b1, "adam_b2": self.b2, "adam_eps": self.eps}

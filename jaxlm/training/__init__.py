@@ -3,7 +3,7 @@
 from jaxlm.training.callbacks import Evaluate, Log, Profile, Save
 from jaxlm.training.checkpoints import Checkpoints, Restored, load_meta, load_params
 from jaxlm.training.loop import Callback, Interrupted, fit
-from jaxlm.training.populations import Member, Outcome, train_members
+from jaxlm.training.populations import Member, Outcome, Population
 from jaxlm.training.program import Program
 from jaxlm.training.runs import Run, exclusive, keep_tokenizer, load_run
 from jaxlm.training.session import ResumableBatches, train_in_folder
@@ -18,6 +18,7 @@ __all__ = [
     "Log",
     "Member",
     "Outcome",
+    "Population",
     "Profile",
     "Program",
     "Run",
@@ -37,5 +38,4 @@ __all__ = [
     "make_step",
     "state_shardings",
     "train_in_folder",
-    "train_members",
 ]

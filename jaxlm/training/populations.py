@@ -1,12 +1,13 @@
 """Many short training runs that differ in seed and in numbers (`hparams`): sweeps, arms of a study, ensembles.
 
     members = [Member(f"lr {lr:g}", seed=0, hparams={"learning_rate": lr}) for lr in (1e-3, 3e-3)]
-    outcomes = train_members(members, init=init, step=make_step(objective, tx), sample=sample, num_steps=300)
+    population = Population(init, make_step(objective, tx), sample, num_steps=300, evaluate=evaluate)
+    outcomes = population.train(members)
     best = min(outcomes, key=lambda outcome: outcome.results["loss"])
 
-One program trains a member from its first step to its last. It is compiled once for all members: on CPU they run
-one after the other, on accelerators all at once under `vmap` (on two cores a mapped program is slower than a loop).
-A `folder` keeps what was finished, so that a study which was stopped goes on with the next member.
+One program trains a member from its first step to its last. On CPU it is compiled once and members run one after the
+other; on accelerators all run at once under `vmap` (on two cores a mapped program is slower than a loop). A `folder`
+keeps what was finished, so that a study which was stopped goes on with the next member.
 """
 
 import dataclasses
@@ -61,71 +62,89 @@ class Outcome:
     params: Any = None
 
 
-def train_members(
-    members: Sequence[Member],
-    *,
-    init: Init,
-    step: Step,
-    sample: Sample,
-    num_steps: int,
-    frozen: Any = None,
-    evaluate: Evaluation | None = None,
-    how: str = "auto",
-    folder: Path | None = None,
-    keep_params: bool = False,
-    report: Callable[[Outcome], None] | None = None,
-) -> list[Outcome]:
-    """Trains every member for `num_steps` steps; outcomes in the order of `members`.
+@dataclasses.dataclass(frozen=True)
+class Population:
+    """What all members have in common.
 
     Args:
       init: `(key, hparams) -> TrainState`, traceable; give it `hparams` with `init_state`.
       step: not compiled, of `make_step`. An optimizer reads a member's numbers from `hparams`.
       sample: `(key, step) -> batch`, traceable; `key` is the member's own.
-      frozen: the step's, shared by all members.
+      num_steps: of every member.
       evaluate: `(trainable) -> {name: scalar}`, traceable; once a member is trained.
       how: `loop` or `vmap`; `auto` is `loop` on CPU and `vmap` elsewhere.
-      folder: where finished members are kept, a file each; they are not trained again.
-      keep_params: also returns (and keeps) what was trained.
-      report: called with each outcome as it comes.
-
-    Raises:
-      ConfigError: no members, two of one name, or members with different `hparams`.
-      DataError: `folder` holds a member of the same name, but with other settings.
     """
-    _check(members, how, num_steps)
-    found: dict[str, Outcome | None] = {}
-    if folder is not None:
-        wanted = jax.eval_shape(init, jax.random.key(0), dict(members[0].hparams)).trainable if keep_params else None
-        found = {m.name: _load(folder, m, num_steps, wanted) for m in members}
-    waiting = [m for m in members if found.get(m.name) is None]
-    if how == "auto":
-        how = "loop" if jax.default_backend() == "cpu" else "vmap"
-    run = functools.partial(_run, init, step, sample, evaluate, num_steps)
-    compiled = jax.jit(run, static_argnames="mapped")
-    groups = [[m] for m in waiting] if how == "loop" else [waiting] if waiting else []
-    for group in groups:
-        keys = jnp.stack([jax.random.key(m.seed) for m in group])
-        hparams = {name: jnp.array([m.hparams[name] for m in group], jnp.float32) for name in group[0].hparams}
-        if how == "loop":
-            keys, hparams = keys[0], {name: x[0] for name, x in hparams.items()}
-        started = time.perf_counter()
-        trained, history, results = jax.block_until_ready(compiled(keys, hparams, frozen, mapped=how == "vmap"))
-        seconds = (time.perf_counter() - started) / len(group)
-        for i, member in enumerate(group):
-            pick = (lambda x, i=i: x[i]) if how == "vmap" else (lambda x: x)
-            outcome = Outcome(
-                member,
-                {name: np.asarray(pick(x)) for name, x in history.items()},
-                {name: float(pick(x)) for name, x in results.items()},
-                seconds,
-                jax.tree.map(pick, trained) if keep_params else None,
-            )
-            if folder is not None:
-                _save(folder, outcome, num_steps)
-            if report is not None:
-                report(outcome)
-            found[member.name] = outcome
-    return [found[m.name] for m in members]
+
+    init: Init
+    step: Step
+    sample: Sample
+    num_steps: int
+    evaluate: Evaluation | None = None
+    how: str = "auto"
+
+    def __post_init__(self):
+        if self.how not in HOW:
+            raise ConfigError(f"how is '{self.how}', expected one of {', '.join(HOW)}")
+        if self.num_steps < 1:
+            raise ConfigError(f"num_steps is {self.num_steps}, expected at least 1")
+
+    def train(
+        self,
+        members: Sequence[Member],
+        *,
+        frozen: Any = None,
+        folder: Path | None = None,
+        keep_params: bool = False,
+        report: Callable[[Outcome], None] | None = None,
+    ) -> list[Outcome]:
+        """Trains every member; outcomes in the order of `members`.
+
+        Args:
+          frozen: the step's, shared by all members.
+          folder: where finished members are kept, a file each; they are not trained again.
+          keep_params: also returns (and keeps) what was trained.
+          report: called with each outcome as it comes.
+
+        Raises:
+          ConfigError: no members, two of one name, or members with different `hparams`.
+          DataError: `folder` holds a member of the same name, but with other settings.
+        """
+        _check(members)
+        found: dict[str, Outcome | None] = {}
+        if folder is not None:
+            hparams = dict(members[0].hparams)
+            wanted = jax.eval_shape(self.init, jax.random.key(0), hparams).trainable if keep_params else None
+            found = {m.name: _load(folder, m, self.num_steps, wanted) for m in members}
+        waiting = [m for m in members if found.get(m.name) is None]
+        mapped = self.how == "vmap" or (self.how == "auto" and jax.default_backend() != "cpu")
+        for group in ([waiting] if waiting else []) if mapped else [[m] for m in waiting]:
+            keys = jnp.stack([jax.random.key(m.seed) for m in group])
+            hparams = {name: jnp.array([m.hparams[name] for m in group], jnp.float32) for name in group[0].hparams}
+            if not mapped:
+                keys, hparams = keys[0], {name: x[0] for name, x in hparams.items()}
+            started = time.perf_counter()
+            trained, history, results = jax.block_until_ready(self._program(keys, hparams, frozen, mapped=mapped))
+            seconds = (time.perf_counter() - started) / len(group)
+            for i, member in enumerate(group):
+                pick = (lambda x, i=i: x[i]) if mapped else (lambda x: x)
+                outcome = Outcome(
+                    member,
+                    {name: np.asarray(pick(x)) for name, x in history.items()},
+                    {name: float(pick(x)) for name, x in results.items()},
+                    seconds,
+                    jax.tree.map(pick, trained) if keep_params else None,
+                )
+                if folder is not None:
+                    _save(folder, outcome, self.num_steps)
+                if report is not None:
+                    report(outcome)
+                found[member.name] = outcome
+        return [found[m.name] for m in members]
+
+    @functools.cached_property
+    def _program(self) -> Callable[..., tuple[Any, dict, dict]]:
+        run = functools.partial(_run, self.init, self.step, self.sample, self.evaluate, self.num_steps)
+        return jax.jit(run, static_argnames="mapped")
 
 
 def _run(init, step, sample, evaluate, num_steps: int, keys, hparams, frozen, *, mapped: bool):
@@ -148,16 +167,15 @@ def _run(init, step, sample, evaluate, num_steps: int, keys, hparams, frozen, *,
     if mapped:
         history = {name: jnp.swapaxes(x, 0, 1) for name, x in history.items()}
     results = {} if evaluate is None else dict(evaluate(states.trainable))
+    if "skipped" in history:  # Steps that were not finite are left out: what the others led to is no result.
+        diverged = jnp.any(history["skipped"] > 0, axis=-1)
+        results = {name: jnp.where(diverged, jnp.nan, x) for name, x in results.items()}
     return states.trainable, history, results
 
 
-def _check(members: Sequence[Member], how: str, num_steps: int) -> None:
-    if how not in HOW:
-        raise ConfigError(f"how is '{how}', expected one of {', '.join(HOW)}")
+def _check(members: Sequence[Member]) -> None:
     if not members:
         raise ConfigError("there are no members to train")
-    if num_steps < 1:
-        raise ConfigError(f"num_steps is {num_steps}, expected at least 1")
     names = [m.name for m in members]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"several members are named {', '.join(twice)}")

@@ -1,5 +1,6 @@
 """Populations: a member is its own run, alone, mapped or resumed."""
 
+import dataclasses
 import json
 
 import chex
@@ -16,7 +17,7 @@ from jaxlm.models import Decoder
 from jaxlm.objectives import CausalLM
 from jaxlm.optim import FromHparams, adamw
 from jaxlm.testing import tiny_config
-from jaxlm.training import Member, init_state, make_step, train_members
+from jaxlm.training import Member, Population, init_state, make_step
 
 MODEL = Decoder(tiny_config("llama", num_layers=1))
 OBJECTIVE = CausalLM(MODEL)
@@ -33,22 +34,20 @@ def init(key, hparams):
     return init_state(MODEL.init(key)["params"], TX, key, hparams=hparams)
 
 
-def train(members=MEMBERS, **options):
-    loss = resident_loss(OBJECTIVE, ROWS, 4)
-    return train_members(
-        members,
-        init=init,
-        step=make_step(OBJECTIVE, TX),
-        sample=lambda key, step: ROWS.sample(key, step, 4),
-        num_steps=5,
-        evaluate=lambda params: {"loss": loss(params)},
-        **options,
-    )
+LOSS = resident_loss(OBJECTIVE, ROWS, 4)
+POPULATION = Population(
+    init,
+    make_step(OBJECTIVE, TX),
+    sample=lambda key, step: ROWS.sample(key, step, 4),
+    num_steps=5,
+    evaluate=lambda params: {"loss": LOSS(params)},
+    how="loop",
+)
 
 
 @pytest.fixture(scope="module")
 def looped():
-    return train(how="loop", keep_params=True)
+    return POPULATION.train(MEMBERS, keep_params=True)
 
 
 def test_members_are_the_runs_of_a_plain_loop(looped):
@@ -61,12 +60,12 @@ def test_members_are_the_runs_of_a_plain_loop(looped):
     np.testing.assert_allclose(looped[2].history["loss"], losses, rtol=1e-5)
     chex.assert_trees_all_close(looped[2].params, state.trainable, atol=1e-4)
     assert looped[2].results["loss"] == pytest.approx(
-        float(resident_loss(OBJECTIVE, ROWS, 4)(state.trainable)), rel=1e-4
+        float(LOSS(state.trainable)), rel=1e-4
     )
 
 
 def test_mapped_members_are_the_same(looped):
-    for one, other in zip(looped, train(how="vmap", keep_params=True)):
+    for one, other in zip(looped, dataclasses.replace(POPULATION, how="vmap").train(MEMBERS, keep_params=True)):
         assert one.member == other.member
         chex.assert_trees_all_close(one.history, other.history, rtol=1e-4)
         chex.assert_trees_all_close(one.params, other.params, atol=1e-4)
@@ -75,8 +74,8 @@ def test_mapped_members_are_the_same(looped):
 
 def test_a_study_goes_on_with_the_members_that_are_missing(looped, tmp_path):
     seen = []
-    train(MEMBERS[:2], how="loop", keep_params=True, folder=tmp_path, report=seen.append)
-    again = train(how="loop", keep_params=True, folder=tmp_path, report=seen.append)
+    POPULATION.train(MEMBERS[:2], keep_params=True, folder=tmp_path, report=seen.append)
+    again = POPULATION.train(MEMBERS, keep_params=True, folder=tmp_path, report=seen.append)
     assert [outcome.member.name for outcome in seen] == ["slow", "fast", "other"]
     for one, other in zip(looped, again):
         chex.assert_trees_all_equal(one.params, other.params)
@@ -86,13 +85,13 @@ def test_a_study_goes_on_with_the_members_that_are_missing(looped, tmp_path):
     assert kept["num_steps"] == 5
     assert len(kept["history"]["loss"]) == 5
     with pytest.raises(DataError, match="slow.json is of a run with other settings"):
-        train([MEMBERS[0]._replace(seed=3)], folder=tmp_path)
+        POPULATION.train([MEMBERS[0]._replace(seed=3)], folder=tmp_path)
 
 
 def test_a_member_that_diverges_says_so(tmp_path):
-    (outcome,) = train([Member("wild", 0, {"learning_rate": 1e30})], folder=tmp_path)
+    (outcome,) = POPULATION.train([Member("wild", 0, {"learning_rate": 1e30})], folder=tmp_path)
     assert not np.isfinite(outcome.results["loss"])
-    (again,) = train([Member("wild", 0, {"learning_rate": 1e30})], folder=tmp_path)
+    (again,) = POPULATION.train([Member("wild", 0, {"learning_rate": 1e30})], folder=tmp_path)
     np.testing.assert_equal(again.results["loss"], outcome.results["loss"])
 
 
@@ -104,6 +103,6 @@ def test_what_cannot_be_trained_is_refused():
         ([Member("nan", 0, {"learning_rate": np.nan})], "learning_rate is not finite"),
     ):
         with pytest.raises(ConfigError, match=said):
-            train(members)
+            POPULATION.train(members)
     with pytest.raises(ConfigError, match="how is 'pmap'"):
-        train(how="pmap")
+        dataclasses.replace(POPULATION, how="pmap")

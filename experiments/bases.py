@@ -1,0 +1,177 @@
+"""What experiments share: small texts held on the device, and comparisons of arms that are tuned alike."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.core.errors import ConfigError
+from jaxlm.data.prepare import DataConfig
+from jaxlm.models.config import DecoderConfig
+from jaxlm.optim.config import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Rows of tokens on the device: to train on, and of documents that are held out, to tune by and to judge by."""
+
+    train: Any
+    tuning: Any
+    judge: Any
+    vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """Arms of one small language model that differ in one thing, each at its own best learning rate."""
+
+    model: DecoderConfig
+    data: DataConfig
+    steps: int = 250
+    """Of every run, tuning runs included."""
+    batch_size: int = 16
+    judge_rows: int = 256
+    """Rows of held-out text to tune by, and as many others to judge by."""
+    tuning_seed: int = 0
+    """Of the runs that choose a learning rate. They are not judged."""
+    seeds: tuple[int, ...] = (1, 2)
+    """Of the runs that are judged."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "judge_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or self.tuning_seed in self.seeds:
+            raise ConfigError(f"seeds are {self.seeds}, expected different ones, none of them {self.tuning_seed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """An arm's optimizer, and the learning rates that it is tuned over."""
+
+    optimizer: OptimizerConfig
+    rates: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmResult:
+    """How an arm did.
+
+    `tuned`: loss on the tuning text by learning rate (not finite where a run diverged). `rate`: the best of them.
+    `losses`: on the judging text, a seed each. `history`: training loss of each step, mean over seeds. `params`: of the
+    first seed.
+    """
+
+    tuned: Mapping[float, float]
+    rate: float
+    losses: tuple[float, ...]
+    history: tuple[float, ...]
+    seconds_a_step: float
+    params: Any
+
+    @property
+    def loss(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def is_at_an_edge(self) -> bool:
+        """Whether the best rate is the least or the greatest that was tried, so that a better one may lie beyond."""
+        return len(self.tuned) > 1 and self.rate in (min(self.tuned), max(self.tuned))
+
+
+def load_text(config: StudyConfig) -> Text:
+    """The rows of a study, from the caches of `prepare_data`."""
+    from jaxlm.data.prepare import prepare_data
+    from jaxlm.data.resident import resident_rows
+
+    prepared = prepare_data(config.data)
+    if prepared.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {prepared.tokenizer.vocab_size} ids but model.vocab_size is {config.model.vocab_size}"
+        )
+    length, columns = config.data.sequence_length, ("inputs", "targets", "loss_weights", "segment_ids", "positions")
+    train = resident_rows(
+        prepared.train, length, max_rows=max(config.steps * config.batch_size, config.batch_size), columns=columns
+    )
+    held_out = resident_rows(prepared.validation, length, max_rows=2 * config.judge_rows, columns=columns)
+    tuning, judge = held_out.cut(0.5, 0.5)
+    return Text(train, tuning, judge, prepared.tokenizer.vocab_size)
+
+
+def compare_arms(config: StudyConfig, arms: Mapping[str, Arm], text: Text, out: Path) -> dict[str, ArmResult]:
+    """Trains every arm at each of its rates, then at the best one with each seed.
+
+    While the best rate is the least or the greatest, one more is tried beyond it, as far apart as the last two, and
+    three at most. Finished runs are kept in `out/members` and not repeated.
+
+    Raises `ConfigError` if every run of an arm diverges.
+    """
+    return {name: _run_arm(config, name, arm, text, out / "members") for name, arm in arms.items()}
+
+
+def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path) -> ArmResult:
+    import numpy as np
+
+    from jaxlm.evals import resident_loss
+    from jaxlm.models import Decoder
+    from jaxlm.objectives import CausalLM
+    from jaxlm.training import Member, Population, init_state, make_step
+
+    model = Decoder(config.model)
+    objective = CausalLM(model)
+    tx = arm.optimizer.make(config.steps, model.axes(), sweep=True)
+    tuning_loss, judge_loss = (resident_loss(objective, rows, config.batch_size) for rows in (text.tuning, text.judge))
+
+    population = Population(
+        init=lambda key, hparams: init_state(model.init(key)["params"], tx, key, hparams=hparams),
+        step=make_step(objective, tx),
+        sample=lambda key, step: text.train.sample(key, step, config.batch_size),
+        num_steps=config.steps,
+        evaluate=lambda params: {"tuning": tuning_loss(params), "judge": judge_loss(params)},
+    )
+
+    def train(members: Sequence[Member]) -> list[Any]:
+        return population.train(members, folder=folder, keep_params=True, report=_say)
+
+    def member(rate: float, seed: int) -> Member:
+        return Member(f"{name} {rate:g} {seed}", seed, {"learning_rate": rate})
+
+    tuned: dict[float, float] = {}
+    untried = list(arm.rates)
+    while untried:
+        for outcome in train([member(rate, config.tuning_seed) for rate in untried]):
+            tuned[outcome.member.hparams["learning_rate"]] = outcome.results["tuning"]
+        finite = {rate: loss for rate, loss in tuned.items() if np.isfinite(loss)}
+        if not finite:
+            raise ConfigError(f"arm '{name}' diverges at each of the learning rates {arm.rates}: try smaller ones")
+        best = min(finite, key=finite.__getitem__)
+        untried = _beyond(best, sorted(tuned)) if len(tuned) < len(arm.rates) + _MORE_RATES else []
+    judged = train([member(best, seed) for seed in config.seeds])
+    history = np.mean([outcome.history["loss"] for outcome in judged], axis=0)
+    return ArmResult(
+        tuned=tuned,
+        rate=best,
+        losses=tuple(outcome.results["judge"] for outcome in judged),
+        history=tuple(history.tolist()),
+        seconds_a_step=min(outcome.seconds for outcome in judged) / config.steps,
+        params=judged[0].params,
+    )
+
+
+_MORE_RATES = 3
+
+
+def _beyond(best: float, tried: list[float]) -> list[float]:
+    """The next rate if the best is the least or greatest of those tried."""
+    if len(tried) > 1 and best == tried[-1]:
+        return [float(f"{best * tried[-1] / tried[-2]:.6g}")]
+    if len(tried) > 1 and best == tried[0]:
+        return [float(f"{best * tried[0] / tried[1]:.6g}")]
+    return []
+
+
+def _say(outcome: Any) -> None:
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in outcome.results.items())
+    print(f"{outcome.member.name}: {losses} ({outcome.seconds:.0f} s)", flush=True)
