@@ -199,6 +199,12 @@ def test_state_arrays_lie_like_their_parameter_or_are_small(make):
         assert not where.is_fully_replicated or leaf.size <= 2 * 16 * 6, (leaf, where)
 
 
+def test_the_first_state_can_be_donated(make):
+    """No two of its arrays are the same buffer."""
+    leaves = jax.tree.leaves(make().init(tree(0)))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
 def test_frozen_leaves_are_left_out_and_the_others_do_not_notice(make):
     tx, params, gradients = make(), tree(0), tree(1)
 
