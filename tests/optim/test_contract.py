@@ -363,8 +363,10 @@ def primitives(jaxpr):
     always, inside = collections.Counter(), collections.Counter()
     for eqn in jaxpr.eqns:
         always[eqn.primitive.name] += 1
-        for sub in jax.core.jaxprs_in_params(eqn.params):
-            a, b = primitives(sub)
+        for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            if not (hasattr(sub, "jaxpr") or hasattr(sub, "eqns")):
+                continue
+            a, b = primitives(getattr(sub, "jaxpr", sub))
             inside += b + (a if eqn.primitive.name == "cond" else collections.Counter())
             always += collections.Counter() if eqn.primitive.name == "cond" else a
     return always, inside
