@@ -16,6 +16,7 @@ from jaxlm.optim.fisher import natural_gradient, scale_by_empirical_fisher
 from jaxlm.optim.galore import fira, galore, natural_galore, scale_by_fira, scale_by_galore
 from jaxlm.optim.learning_rate import FromHparams, LearningRate, scale_by_learning_rate
 from jaxlm.optim.limiters import limit_norm_growth
+from jaxlm.optim.memory import model_bytes, state_bytes
 from jaxlm.optim.normalized import (
     normalize_gradients,
     scale_by_axis_rms,
@@ -26,7 +27,8 @@ from jaxlm.optim.normalized import (
 )
 from jaxlm.optim.optimizers import adamw, muon
 from jaxlm.optim.projection import Projection
-from jaxlm.optim.schedules import Schedule, rewarm, warmup_stable_decay
+from jaxlm.optim.reset import reset_state_every
+from jaxlm.optim.schedules import Schedule, quick_recovery, rewarm, warmup_stable_decay
 from jaxlm.optim.spam import scale_by_spam, scale_by_stable_spam, spam, stable_spam
 from jaxlm.optim.wiring import DECAYED_ROLES
 
@@ -46,11 +48,14 @@ __all__ = [
     "fira",
     "galore",
     "limit_norm_growth",
+    "model_bytes",
     "muon",
     "natural_galore",
     "natural_gradient",
     "normalize_gradients",
     "quantize_blocks",
+    "quick_recovery",
+    "reset_state_every",
     "rewarm",
     "scale_by_adam_8bit",
     "scale_by_apollo",
@@ -66,6 +71,7 @@ __all__ = [
     "scale_optimizer",
     "spam",
     "stable_spam",
+    "state_bytes",
     "swan",
     "warmup_stable_decay",
 ]

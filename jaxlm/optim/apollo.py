@@ -54,8 +54,8 @@ def scale_by_apollo(
 
     def init(params: Any) -> ApolloState:
         projection.check(params)
-        zeros = jax.tree.map(lambda p: jnp.zeros(projection.image_shape(p.shape), p.dtype), params)
-        return ApolloState(jnp.zeros((), jnp.int32), zeros, zeros, limiters.initial_norms(params))
+        mu, nu = projection.zeros(params), projection.zeros(params)
+        return ApolloState(jnp.zeros((), jnp.int32), mu, nu, limiters.initial_norms(params))
 
     def update(updates: Any, state: ApolloState, params: Any = None, *, step: Any = None, **extra_args: Any):
         del params, extra_args

@@ -45,8 +45,7 @@ def scale_by_galore(
 
     def init(params: Any) -> GaloreState:
         bases = projection.init(params)
-        images = jax.tree.map(lambda p: jnp.zeros(projection.image_shape(p.shape), p.dtype), params)
-        return GaloreState(bases, inner.init(images))
+        return GaloreState(bases, inner.init(projection.zeros(params)))
 
     def update(updates: Any, state: GaloreState, params: Any = None, *, step: Any = None, **extra_args: Any):
         del params
@@ -214,9 +213,9 @@ def scale_by_fira(
     limiters.check_gamma(gamma)
 
     def init(params: Any) -> FiraState:
-        zeros = jax.tree.map(lambda p: jnp.zeros(projection.image_shape(p.shape), p.dtype), params)
-        norms = limiters.initial_norms(params)
-        return FiraState(jnp.zeros((), jnp.int32), projection.init(params), zeros, zeros, norms)
+        bases = projection.init(params)
+        mu, nu = projection.zeros(params), projection.zeros(params)
+        return FiraState(jnp.zeros((), jnp.int32), bases, mu, nu, limiters.initial_norms(params))
 
     def update(updates: Any, state: FiraState, params: Any = None, *, step: Any = None, **extra_args: Any):
         del params, extra_args

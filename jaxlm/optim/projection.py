@@ -118,6 +118,10 @@ class Projection:
         sides = self.sides(shape)
         return (*shape[:-2], *(self.rank if axis in sides else shape[axis] for axis in _AXES))
 
+    def zeros(self, params: Any) -> Any:
+        """Images of zero, in the dtype of each parameter: what moments start from."""
+        return jax.tree.map(lambda p: jnp.zeros(self.image_shape(p.shape), p.dtype), params)
+
     def sides(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The projected axes, -2 and -1, of a gradient of this shape."""
         if self.side == "both":

@@ -114,6 +114,41 @@ def rewarm(
     return schedule
 
 
+def quick_recovery(schedule: Schedule, cycle: int, recovery: int = 10, start_fraction: float = 1e-3) -> Schedule:
+    """`schedule` with a short ramp after each restart, at the positive multiples of `cycle`.
+
+    In the `recovery` steps from a restart on, the rate rises linearly from `start_fraction` of
+    `schedule(restart + recovery)` to that; everywhere else it is `schedule`. The ramp is part of restarting an
+    optimizer: with fresh moments Adam's first steps have full size whatever the gradient.
+
+    Source: Scalable Parameter and Memory Efficient Pretraining for LLM (Glentis et al., 2025, arXiv 2505.22922).
+
+    Args:
+      schedule: any schedule of the step.
+      cycle: steps between restarts; as in `reset_state_every`.
+      recovery: steps of the ramp, from 2 to `cycle`.
+      start_fraction: where it begins, in [0, 1].
+
+    Raises:
+      ConfigError: a value out of its range.
+    """
+    if cycle < 1:
+        raise ConfigError(f"quick_recovery: cycle is {cycle}, expected >= 1")
+    if not 2 <= recovery <= cycle:
+        raise ConfigError(f"quick_recovery: recovery is {recovery}, expected 2 <= recovery <= cycle = {cycle}")
+    if not 0 <= start_fraction <= 1:
+        raise ConfigError(f"quick_recovery: start_fraction is {start_fraction}, expected 0 <= start_fraction <= 1")
+
+    def recovering(step: Step) -> Float[Array, ""]:
+        step = jnp.asarray(step, jnp.int32)
+        since = step % cycle
+        ramp = start_fraction + (1.0 - start_fraction) * since / (recovery - 1)
+        target = schedule(step - since + recovery)
+        return jnp.where((step >= cycle) & (since < recovery), target * ramp, schedule(step))
+
+    return recovering
+
+
 def _decay(shape: DecayShape, x: Float[Array, ""], end: float) -> Float[Array, ""]:
     if shape == "exponential":
         return end**x

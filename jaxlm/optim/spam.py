@@ -51,8 +51,7 @@ def scale_by_spam(
     wiring.check_betas(b1, b2, eps)
 
     def init(params: Any) -> SpamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return SpamState(jnp.zeros((), jnp.int32), zeros, zeros)
+        return SpamState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params))
 
     def update(updates: Any, state: SpamState, params: Any = None, *, step: Any = None, **extra_args: Any):
         del params, extra_args
@@ -130,10 +129,14 @@ def scale_by_stable_spam(
         wiring.check_count("decay_steps", decay_steps)
 
     def init(params: Any) -> StableSpamState:
-        zero = jnp.zeros((), jnp.int32)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        each = jax.tree.map(lambda p, own: jnp.zeros(p.shape[: p.ndim - own], jnp.float32), params, own_ndim(params))
-        return StableSpamState(zero, zero, zeros, zeros, each, each, each)
+        def statistic() -> Any:
+            return jax.tree.map(
+                lambda p, own: jnp.zeros(p.shape[: p.ndim - own], jnp.float32), params, own_ndim(params)
+            )
+
+        counts = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        moments = (optax.tree.zeros_like(params), optax.tree.zeros_like(params))
+        return StableSpamState(*counts, *moments, statistic(), statistic(), statistic())
 
     def update(updates: Any, state: StableSpamState, params: Any = None, *, step: Any = None, **extra_args: Any):
         del params, extra_args

@@ -10,20 +10,34 @@ from jaxlm.weights.base import (
     nbytes,
     take,
 )
+from jaxlm.weights.factored import (
+    Factored,
+    Sparse,
+    factored_kernel,
+    merge_and_restart,
+    refactorize,
+    sparse_low_rank_kernel,
+)
 from jaxlm.weights.low_rank import LowRank, add_low_rank
 from jaxlm.weights.quantized import Quantized, pack
 
 __all__ = [
+    "Factored",
     "LowRank",
     "Quantized",
+    "Sparse",
     "Weight",
     "add_low_rank",
     "child_axes",
     "dense",
+    "factored_kernel",
     "grouped_matmul",
     "matmul",
     "matmul_transposed",
+    "merge_and_restart",
     "nbytes",
     "pack",
+    "refactorize",
+    "sparse_low_rank_kernel",
     "take",
 ]

@@ -71,3 +71,22 @@ def test_the_platform_is_that_of_the_mesh():
         assert sharding.platform() == "cpu"
         assert sharding.axis_size("data") == 8
     assert sharding.axis_size("data") == 1
+
+
+def test_state_lies_like_its_parameter_along_the_axes_that_they_share():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    params = {"w": jnp.zeros((3, 8, 16)), "v": jnp.zeros(8)}
+    lies = sharding.shardings(mesh, {"w": ("layers", "embed", "mlp"), "v": ("norm",)}, params)
+    state = {
+        "mu": {"w": jnp.zeros((3, 8, 16)), "v": jnp.zeros(8)},  # as the parameter
+        "image": {"w": jnp.zeros((3, 2, 16))},  # the rank of a projection instead of one axis
+        "basis": {"w": jnp.zeros((3, 8, 2))},
+        "norms": {"w": jnp.zeros(3)},  # fewer axes
+        "count": jnp.zeros(()),
+    }
+    found = jax.tree.map(lambda s: s.spec, sharding.like_params(state, params, lies, mesh))
+    whole, no = PartitionSpec(None, "fsdp", "tensor"), PartitionSpec()
+    assert found["mu"] == {"w": whole, "v": PartitionSpec(None)}
+    assert found["image"]["w"] == PartitionSpec(None, None, "tensor")
+    assert found["basis"]["w"] == PartitionSpec(None, "fsdp", None)
+    assert found["norms"]["w"] == found["count"] == no

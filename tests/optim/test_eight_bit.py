@@ -8,11 +8,13 @@ import pytest
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.optim import (
+    Projection,
     adamw_8bit,
     dequantize_blocks,
     dynamic_code_book,
     quantize_blocks,
     scale_by_adam_8bit,
+    scale_by_galore,
 )
 
 
@@ -97,3 +99,14 @@ def test_embeddings_keep_full_moments():
 def test_bad_values_are_named(settings, words):
     with pytest.raises(ConfigError, match=words):
         adamw_8bit(0.1, axes={"w": ("embed", "mlp")}, **settings)
+
+
+def test_it_is_a_link_like_any_other_so_8_bit_galore_is_a_composition():
+    g = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 32)), jnp.float32)}
+    projection = Projection(4)
+    tx = scale_by_galore(projection, scale_by_adam_8bit(block=16, min_size=1), 0.25)
+    plain = scale_by_galore(projection, optax.scale_by_adam(), 0.25)
+    updates, state = tx.update(g, tx.init(g), step=0)
+    assert state.inner.mu_codes["w"].shape == (2, 4, 32)
+    assert state.inner.mu_codes["w"].dtype == jnp.uint8
+    np.testing.assert_allclose(updates["w"], plain.update(g, plain.init(g), step=0)[0]["w"], rtol=1e-3, atol=1e-5)

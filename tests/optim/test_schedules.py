@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.core.errors import ConfigError
-from jaxlm.optim import rewarm, warmup_stable_decay
+from jaxlm.optim import quick_recovery, rewarm, warmup_stable_decay
 
 PEAK, TOTAL, WARMUP, DECAY = 3e-3, 1000, 100, 200
 
@@ -124,3 +124,30 @@ def test_a_traced_step_compiles_once_and_gives_the_same_numbers():
 def test_schedules_that_cannot_be_are_named(call, words):
     with pytest.raises(ConfigError, match=words):
         call()
+
+
+def test_quick_recovery_ramps_after_every_restart_and_is_the_schedule_elsewhere():
+    plain = rewarm(1.0, 100, 10)
+    schedule = jax.jit(jax.vmap(quick_recovery(plain, 30, recovery=5, start_fraction=1e-3)))
+    found, steps = np.asarray(schedule(jnp.arange(100))), np.arange(100)
+    expected = np.array([float(plain(int(s))) for s in steps])
+    for restart in (30, 60, 90):
+        target = expected[restart + 5]
+        expected[restart : restart + 5] = target * np.linspace(1e-3, 1, 5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    beyond = quick_recovery(plain, 1000)
+    assert [float(beyond(int(s))) for s in steps] == [float(plain(int(s))) for s in steps]
+
+
+@pytest.mark.parametrize(
+    ("settings_", "words"),
+    [
+        ({"cycle": 0}, "cycle is 0"),
+        ({"cycle": 5, "recovery": 6}, "recovery is 6"),
+        ({"cycle": 5, "recovery": 1}, "recovery is 1"),
+        ({"cycle": 20, "start_fraction": -0.1}, "start_fraction is -0.1"),
+    ],
+)
+def test_bad_recoveries_are_named(settings_, words):
+    with pytest.raises(ConfigError, match=words):
+        quick_recovery(rewarm(1.0, 100, 10), **settings_)

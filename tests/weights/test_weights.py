@@ -17,7 +17,15 @@ from jaxlm.objectives import CausalLM
 from jaxlm.optim import roles
 from jaxlm.testing import tiny_config, tiny_decoder
 from jaxlm.training import Checkpoints
-from jaxlm.weights import LowRank, Quantized, Weight, add_low_rank, pack
+from jaxlm.weights import (
+    LowRank,
+    Quantized,
+    Weight,
+    add_low_rank,
+    factored_kernel,
+    pack,
+    sparse_low_rank_kernel,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -91,8 +99,19 @@ def as_low_rank_over_quantized(w):
     return dataclasses.replace(as_low_rank(w), base=as_two_level_5_bit(w))
 
 
+def as_factored(w):
+    return factored_kernel(jax.random.key(0), w.shape, 3, alpha=3.0)
+
+
+def as_low_rank_over_sparse(w):
+    w = sparse_low_rank_kernel(jax.random.key(0), w.shape, 3, density=0.2)
+    return dataclasses.replace(w, b=0.1 * jax.random.normal(jax.random.key(1), w.b.shape))
+
+
 KINDS = [
     as_dense,
+    as_factored,
+    as_low_rank_over_sparse,
     as_low_rank,
     RowScaled.quantize,
     as_int8,

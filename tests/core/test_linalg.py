@@ -1,0 +1,62 @@
+"""Stacks of matrices against NumPy's decompositions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core.linalg import (
+    CONVERGENT,
+    QUINTIC,
+    balanced_factors,
+    leading_singular_vectors,
+    orthogonalize,
+    random_orthonormal,
+)
+
+SHAPES = [(4, 7), (7, 4), (5, 5), (2, 3, 4, 7)]
+
+
+def normal(shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orthogonalizing_moves_singular_values_to_one_and_keeps_the_vectors(shape):
+    u, s, vt = np.linalg.svd(normal(shape), full_matrices=False)
+    s = np.linspace(1.0, 0.1, s.shape[-1], dtype=np.float32) * np.ones_like(s)  # none is lost among the smallest
+    x = jnp.asarray((u * s[..., None, :]) @ vt)
+    np.testing.assert_allclose(orthogonalize(x, CONVERGENT), u @ vt, atol=1e-3)
+    rough = np.linalg.svd(orthogonalize(x, QUINTIC), compute_uv=False)
+    assert (rough > 0.6).all()
+    assert (rough < 1.3).all()
+    np.testing.assert_allclose(orthogonalize(1e-6 * x, CONVERGENT), u @ vt, atol=2e-2)
+    assert not np.any(orthogonalize(0 * x))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_leading_singular_vectors_have_a_positive_largest_entry(shape):
+    x = normal(shape)
+    u, _, vt = np.linalg.svd(x, full_matrices=False)
+    left, right = leading_singular_vectors(jnp.asarray(x), 3, "both")
+    for found, exact in ((left, u[..., :3]), (right, np.swapaxes(vt, -1, -2)[..., :3])):
+        np.testing.assert_allclose(np.abs(np.sum(found * exact, axis=-2)), 1.0, rtol=1e-4)
+        assert (np.max(found, -2) >= np.max(-found, -2)).all()
+    assert leading_singular_vectors(jnp.asarray(x), 3, "rows")[1] is None
+    assert leading_singular_vectors(jnp.asarray(x), 3, "columns")[0] is None
+
+
+def test_balanced_factors_have_the_same_product_and_equal_singular_values():
+    a, b = jnp.asarray(normal((2, 9, 3))), jnp.asarray(normal((2, 3, 5)))
+    new_a, new_b = balanced_factors(a, b)
+    np.testing.assert_allclose(new_a @ new_b, a @ b, rtol=1e-4, atol=1e-4)
+    singular = np.linalg.svd(np.asarray(a @ b), compute_uv=False)[:, :3]
+    for factor in (new_a, new_b):
+        np.testing.assert_allclose(np.linalg.svd(factor, compute_uv=False) ** 2, singular, rtol=1e-4)
+
+
+def test_random_orthonormal_is_orthonormal_and_has_no_preferred_direction():
+    q = random_orthonormal(jax.random.key(0), (2000, 4, 2))
+    np.testing.assert_allclose(q.mT @ q, np.broadcast_to(np.eye(2), (2000, 2, 2)), atol=1e-5)
+    np.testing.assert_allclose(np.mean(q, axis=0), 0.0, atol=0.05)
+    np.testing.assert_allclose(np.mean(q @ q.mT, axis=0), np.eye(4) / 2, atol=0.05)
