@@ -31,12 +31,12 @@ def compile_for(on: Mesh, function, *args, specs=None):
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(on, spec)), arg
         )
 
-    with jax.set_mesh(on), _no_disk_cache():
+    with jax.set_mesh(on), no_disk_cache():
         return jax.jit(function).lower(*map(place, args, specs)).compile()
 
 
 @contextlib.contextmanager
-def _no_disk_cache():
+def no_disk_cache():
     # Programs for absent devices cannot be read back from the compilation cache.
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
