@@ -203,7 +203,7 @@ def _cannot(
     target: Target,
 ) -> str | None:
     """Why the kernel cannot do it."""
-    if target.platform != "tpu" and implementation == "auto":
+    if target.platform != "tpu" and implementation != "tpu_interpret":
         return f"platform {target.platform}, for which there is no kernel"
     if x.size == 0 or w.codes.size == 0:
         return f"no elements in x {tuple(x.shape)} or codes {tuple(w.codes.shape)}"

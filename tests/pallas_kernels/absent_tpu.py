@@ -9,7 +9,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+KERNEL_CHIPS = ("v5e", "v5p", "v6e")
+"""Every kernel and table of tiles is compiled for these."""
 
 
 @functools.cache
@@ -37,10 +39,10 @@ def compile_for(on: Mesh, function, *args, specs=None):
 
 @contextlib.contextmanager
 def no_disk_cache():
-    # Programs for absent devices cannot be read back from the compilation cache.
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    """Keeps what is compiled inside out of the compilation cache: programs for absent devices cannot be read back."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
