@@ -127,6 +127,14 @@ def axis_size(name: str) -> int:
     return _ambient.get().axis_sizes.get(name, 1)
 
 
+def mesh_axes(*names: str | None) -> tuple[tuple[str, ...], ...]:
+    """For each logical name, the ambient mesh's axes of more than one part on which it lies."""
+    ambient = _ambient.get()
+    parts = partition_spec(names, ambient.rules)
+    split = ((part,) if isinstance(part, str) else (part or ()) for part in parts)
+    return tuple(tuple(axis for axis in part if ambient.axis_sizes.get(axis, 1) > 1) for part in split)
+
+
 def partition_spec(names: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
     """The `PartitionSpec` of an array whose axes have these logical names."""
     parts = []

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.benchmarks import decode, harness, train_step
+from experiments.benchmarks import cross_entropy, decode, harness, quantized_matmul, train_step
 from experiments.benchmarks.llama import Size
 
 TINY = Size(vocab_size=64, layers=2, embed_dim=16, heads=2, mlp_dim=32)
@@ -31,3 +31,21 @@ def test_decode_measures_our_side_alone():
     (row,) = decode.main(decode.Config(TINY, batches=(2,), prompt=8, new_tokens=8, rounds=1))
     assert row["agreement"] == 1.0
     assert row["tokens_per_second"] == pytest.approx(16 / row["seconds"])
+
+
+@pytest.mark.slow
+def test_quantized_products_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(quantized_matmul.PRESETS, "cpu", ((1, 3), ((128, 64),)))
+    out = tmp_path / "figures.json"
+    config = quantized_matmul.Config(rounds=1, package="there_is_no_such_package", out=out)
+    rows = quantized_matmul.main(config)["products"]
+    assert len(rows) == 2 * (1 + len(quantized_matmul.FORMATS))
+    # Half a byte a weight, and a float16 scale and minimum for each 32.
+    by_format = {row["format"]: row["bytes"] for row in rows}
+    assert by_format["int4, blocks of 32, minimum"] == 128 * 64 * 5 // 8
+    assert json.loads(out.read_text())["platform"] == "cpu"
+
+
+def test_cross_entropy_is_measured():
+    config = cross_entropy.Config(tokens=16, embed=8, vocab=(64,), rounds=1)
+    assert [row["implementation"] for row in cross_entropy.main(config)] == ["reference", "auto"]

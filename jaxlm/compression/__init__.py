@@ -1,0 +1,6 @@
+"""Fewer bytes for a model's weights."""
+
+from jaxlm.compression.memory import MemoryReport, memory_report
+from jaxlm.compression.quantize import QuantizeConfig, quantize, quantize_matrix
+
+__all__ = ["MemoryReport", "QuantizeConfig", "memory_report", "quantize", "quantize_matrix"]

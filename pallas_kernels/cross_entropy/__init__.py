@@ -1,0 +1,6 @@
+"""Cross-entropy over a vocabulary whose logits never exist at once."""
+
+from pallas_kernels.cross_entropy.api import IMPLEMENTATIONS, cross_entropy
+from pallas_kernels.target import KernelError
+
+__all__ = ["IMPLEMENTATIONS", "KernelError", "cross_entropy"]

@@ -1,0 +1,280 @@
+"""`quantized_matmul`: checks, the choice of an implementation, several devices, and the gradient."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from pallas_kernels import target as targets
+from pallas_kernels.quantized_matmul import reference, tpu
+from pallas_kernels.quantized_matmul.layout import Packed, check
+from pallas_kernels.target import KernelError, Target
+
+Array = jax.Array
+Axes = str | tuple[str, ...] | None
+
+IMPLEMENTATIONS = ("auto", "reference", "tpu", "tpu_interpret")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How a product lies on the ambient mesh, in mesh axes: what a kernel needs there, XLA cannot divide one.
+
+    `rows`: one entry for each axis of `x` but the last; one that does not divide its axis is dropped. `blocked` and
+    `free`: the matrix's axis along which blocks lie, and its other one. A matrix that is stored over other mesh axes
+    too is gathered, packed.
+    """
+
+    rows: tuple[Axes, ...] = ()
+    blocked: Axes = None
+    free: Axes = None
+
+
+def quantized_matmul(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    *,
+    minimum: Array | None = None,
+    high: Array | None = None,
+    super_scale: Array | None = None,
+    super_minimum: Array | None = None,
+    bits: int = 8,
+    offset: int = 0,
+    axis: int = -2,
+    transposed: bool = False,
+    weight_dtype: Any = "float32",
+    operand_dtype: Any = None,
+    activation_bits: int | None = None,
+    shards: Shards | None = None,
+    implementation: str = "auto",
+) -> Array:
+    """`x @ w`, or `x @ w.T` if `transposed`, for a matrix `w` `(in, out)` that is stored quantized.
+
+    `x` is `[..., in]` (`[..., out]`). A weight is `scale * (code - offset) + minimum`, scale and minimum being those
+    of its block along `axis`; for the layout of the arrays, and `high`, `super_scale` and `super_minimum`, see
+    `Packed`. With `activation_bits=None` unpacked weights are rounded to `weight_dtype`, operands multiplied in
+    `operand_dtype` (by default that of `x`), sums are float32 and the result has the dtype of `x`: W8A16, W4A16. With
+    `activation_bits=8` each row of `x` is quantized to int8 with a scale of its own and products are exact integers
+    (W8A8; 8 bits, symmetric, blocks along the input): faster only where the chip multiplies int8 faster (TPU v5e, v5p,
+    v6e).
+
+    `x` alone has a gradient: that of the product with the unpacked matrix, also for `activation_bits=8`
+    (straight-through).
+
+    `implementation`: `reference` (plain JAX, everywhere; GPUs take it), `tpu` (Mosaic kernels), `tpu_interpret` (these,
+    interpreted, anywhere: for tests), `auto`: `tpu` where it fits. What is computed is the same up to rounding. On a
+    mesh of several devices kernels need `shards`; the reference leaves the division to XLA. Inside `jax.shard_map`
+    neither is needed. With `PALLAS_KERNELS_DEBUG=1` in the environment each call says what was chosen and why.
+
+    Raises `KernelError` (a `ValueError`) when arrays do not fit together or a forced implementation cannot do it.
+    """
+    w = Packed(
+        codes, scale, high, minimum, super_scale, super_minimum, bits, offset, axis, np.dtype(jnp.dtype(weight_dtype))
+    )
+    _check(x, w, transposed, activation_bits, implementation)
+    dtype = jnp.dtype(operand_dtype or x.dtype).name
+    chosen = _choose(x, w, transposed, dtype, activation_bits, shards, implementation)
+    options = _Options(transposed, dtype, activation_bits, shards, chosen)
+    return _product(x, w, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    transposed: bool
+    dtype: str
+    activation_bits: int | None
+    shards: Shards | None
+    chosen: str
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, w: Packed, options: _Options) -> Array:
+    return _multiply(x, w, options)
+
+
+def _product_forward(x: Array, w: Packed, options: _Options) -> tuple[Array, Packed]:
+    return _multiply(x, w, options), w
+
+
+def _product_backward(options: _Options, w: Packed, dy: Array) -> tuple[Array, None]:
+    back = dataclasses.replace(options, transposed=not options.transposed, activation_bits=None)
+    if back.chosen != "reference":
+        # A kernel may do the product but not its transpose.
+        reason = _cannot(back.chosen, dy, w, back.transposed, back.dtype, None, back.shards, targets.current(dy))
+        if reason is not None:
+            targets.explain(f"gradient of quantized_matmul: reference, because of {reason}")
+            back = dataclasses.replace(back, chosen="reference")
+    return _multiply(dy, w, back), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _multiply(x: Array, w: Packed, options: _Options) -> Array:
+    target = targets.current(x)
+    run = functools.partial(_on_one_device, options=options, target=target)
+    if options.chosen == "reference" or target.devices == 1:
+        return run(x, w)
+    return _sharded(run, x, w, options.transposed, options.shards)
+
+
+def _on_one_device(x: Array, w: Packed, options: _Options, target: Target) -> Array:
+    interpret = options.chosen == "tpu_interpret"
+    if options.activation_bits == 8:
+        flat = x.reshape(-1, x.shape[-1])
+        codes, scale = reference.quantize_tokens(flat)
+        if options.chosen == "reference":
+            y = reference.matmul_int8(codes, scale, w)
+        else:
+            y = tpu.matmul_int8(codes, scale, w, interpret=interpret)
+        return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+    dtype = jnp.dtype(options.dtype)
+    if options.chosen == "reference":
+        return reference.matmul(x, w, transposed=options.transposed, dtype=dtype, target=target)
+    return tpu.matmul(x, w, transposed=options.transposed, dtype=dtype, interpret=interpret)
+
+
+def _sharded(run: Any, x: Array, w: Packed, transposed: bool, shards: Shards) -> Array:
+    """`run` on each device's part; parts of a sum over a divided axis are added in float32."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = shards.rows[: x.ndim - 1] + (None,) * (x.ndim - 1 - len(shards.rows))
+    rows = tuple(None if size % _parts(part, mesh) else part for part, size in zip(rows, x.shape[:-1], strict=True))
+    sums_blocks = (w.axis == -2) != transposed
+    into, out = (shards.blocked, shards.free) if sums_blocks else (shards.free, shards.blocked)
+    spec = (shards.blocked, shards.free) if w.axis == -2 else (shards.free, shards.blocked)
+    whole = (None, shards.free) if w.axis == -2 else (shards.free, None)
+    # One scale a column serves all parts; several are divided like the blocks they belong to.
+    per_block = spec if w.blocks > 1 else whole
+    specs = jax.tree.map(lambda a: PartitionSpec(*per_block), w)
+    specs = dataclasses.replace(specs, codes=PartitionSpec(*spec))
+
+    def part(x: Array, w: Packed) -> Array:
+        if into is None:
+            return run(x, w)
+        return jax.lax.psum(run(x, w).astype(jnp.float32), into).astype(x.dtype)
+
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(PartitionSpec(*rows, into), specs),
+        out_specs=PartitionSpec(*rows, out),
+        check_vma=False,
+    )(x, w)
+
+
+def _choose(
+    x: Array,
+    w: Packed,
+    transposed: bool,
+    dtype: str,
+    activation_bits: int | None,
+    shards: Shards | None,
+    implementation: str,
+) -> str:
+    target = targets.current(x)
+    if implementation == "reference":
+        return "reference"
+    wanted = "tpu" if implementation == "auto" else implementation
+    reason = _cannot(implementation, x, w, transposed, dtype, activation_bits, shards, target)
+    what = f"quantized_matmul {tuple(x.shape)} x {tuple(w.shape)}{' transposed' if transposed else ''}, {w.bits} bits"
+    if reason is None:
+        targets.explain(f"{what}: {wanted}")
+        return wanted
+    if implementation != "auto":
+        raise KernelError(f"implementation='{implementation}' cannot do {what}: {reason}")
+    targets.explain(f"{what}: reference, because of {reason}")
+    return "reference"
+
+
+def _cannot(
+    implementation: str,
+    x: Array,
+    w: Packed,
+    transposed: bool,
+    dtype: str,
+    activation_bits: int | None,
+    shards: Shards | None,
+    target: Target,
+) -> str | None:
+    """Why the kernel cannot do it."""
+    if target.platform != "tpu" and implementation != "tpu_interpret":
+        return f"platform {target.platform}, for which there is no kernel"
+    if x.size == 0 or w.codes.size == 0:
+        return f"no elements in x {tuple(x.shape)} or codes {tuple(w.codes.shape)}"
+    if activation_bits == 8 and implementation != "tpu_interpret" and not (target.chip and target.chip.int8_matmul):
+        return f"no fast int8 products on {target.kind}"
+    local = w
+    if target.devices > 1:
+        if shards is None:
+            return f"a mesh of {target.devices} devices without shards"
+        mesh = jax.sharding.get_abstract_mesh()
+        names = [name for part in (*shards.rows, shards.blocked, shards.free) for name in _names(part)]
+        if len(set(names)) < len(names) or set(names) - set(mesh.shape):
+            return f"{shards}: axes that repeat or are not of the mesh {dict(mesh.shape)}"
+        blocked, free = _parts(shards.blocked, mesh), _parts(shards.free, mesh)
+        if w.shape[-3 - w.axis] % free:
+            return f"{w.shape[-3 - w.axis]} columns in {free} parts"
+        if w.blocks > 1 and w.blocks % blocked:
+            return f"{w.blocks} blocks of {w.group} in {blocked} parts: blocks would straddle them"
+        if w.blocks == 1 and blocked > 1 and w.bits < 8:
+            return f"one block of {w.group} packed weights in {blocked} parts: it would straddle them"
+        if w.codes.shape[w.axis] % blocked:
+            return f"{w.codes.shape[w.axis]} rows of codes in {blocked} parts"
+        if activation_bits == 8 and blocked > 1:
+            return f"a scale for each row of x, which lies in {blocked} parts"
+        local = _local(w, blocked, free)
+    return tpu.unsupported(local, x.dtype, jnp.dtype(dtype), transposed, activation_bits == 8)
+
+
+def _local(w: Packed, blocked: int, free: int) -> Packed:
+    """Shapes of a device's part."""
+
+    def cut(array: Array) -> Any:
+        shape = list(array.shape)
+        shape[-3 - w.axis] //= free
+        if shape[w.axis] > 1:
+            shape[w.axis] //= blocked
+        return jax.ShapeDtypeStruct(shape, array.dtype)
+
+    return jax.tree.map(cut, w)
+
+
+def _names(part: Axes) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else (part or ())
+
+
+def _parts(part: Axes, mesh: Any) -> int:
+    return math.prod(mesh.shape[name] for name in _names(part))
+
+
+def _check(x: Array, w: Packed, transposed: bool, activation_bits: int | None, implementation: str) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise KernelError(f"implementation '{implementation}' (valid: {', '.join(IMPLEMENTATIONS)})")
+    if w.codes.ndim != 2:
+        raise KernelError(f"codes have shape {tuple(w.codes.shape)}, expected one matrix (map over leading axes)")
+    check(w)
+    size = w.shape[1 if transposed else 0]
+    if x.ndim < 1 or x.shape[-1] != size:
+        odd = x.ndim and w.bits < 8 and x.shape[-1] % 2 and size - x.shape[-1] == 1
+        raise KernelError(
+            f"x has shape {tuple(x.shape)}, but the matrix {tuple(w.shape)}{' transposed' if transposed else ''} takes "
+            f"{size} inputs" + (f" ({w.bits} bits pack an even number: pad {x.shape[-1]} to {size})" if odd else "")
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise KernelError(f"x is {x.dtype}, expected floating point")
+    if activation_bits not in (None, 8):
+        raise KernelError(f"activation_bits is {activation_bits}, expected None or 8")
+    if activation_bits == 8 and (w.bits != 8 or w.axis != -2 or transposed or w.minimum is not None or w.offset):
+        raise KernelError(
+            "activation_bits=8 takes symmetric 8-bit kernels with blocks along their input, got "
+            f"bits={w.bits}, axis={w.axis}, transposed={transposed}, offset={w.offset}"
+            + (", minimum" if w.minimum is not None else "")
+        )
+    if activation_bits == 8 and (w.super_scale is not None or w.group > (2**31 - 1) // 127**2):
+        raise KernelError(f"activation_bits=8 sums blocks of {w.group} codes in 32 bits, or has superblock scales")
