@@ -112,7 +112,7 @@ def test_bfloat16_operands_stay_close():
 
 def test_a_forced_implementation_that_cannot_is_an_error():
     q, k, v = arrays()
-    with pytest.raises(ConfigError, match="blocked attention takes one causal source"):
+    with pytest.raises(ConfigError, match="blocked attention takes one source"):
         attend(q, (KeyValues(k, v, None),), scale=1.0, implementation="blocked")
     with pytest.raises(ConfigError, match="did you mean 'blocked'"):
         attend(q, (KeyValues(k, v, None),), scale=1.0, implementation="block")
