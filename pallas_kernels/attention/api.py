@@ -174,15 +174,15 @@ def combine(outs: list[jax.Array], lses: list[jax.Array]) -> tuple[jax.Array, ja
         if out.shape != outs[0].shape or lse.shape != (batch, heads, queries):
             raise AttentionError(f"outs[{i}] {out.shape} and lses[{i}] {lse.shape} do not fit with {outs[0].shape}")
     stacked = jnp.stack(lses)
-    top = jax.lax.stop_gradient(jnp.max(stacked, axis=0))
+    top = jax.lax.stop_gradient(jnp.max(stacked, axis=0, keepdims=True))
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     weights = jnp.exp(stacked - top)
-    total = jnp.sum(weights, axis=0)
+    total = jnp.sum(weights, axis=0, keepdims=True)
     empty = total == 0.0
     safe = jnp.where(empty, 1.0, total)
     shares = jnp.swapaxes(weights / safe, 2, 3)[..., None]
     out = sum(share * out for share, out in zip(shares, outs))
-    return out.astype(outs[0].dtype), jnp.where(empty, -jnp.inf, top + jnp.log(safe))
+    return out.astype(outs[0].dtype), jnp.where(empty, -jnp.inf, top + jnp.log(safe))[0]
 
 
 def _passes(name: str, tiles: Tiles | None, interpret: bool) -> vjp.Passes:

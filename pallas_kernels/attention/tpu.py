@@ -139,10 +139,10 @@ class _Call:
             def at(b, h, t, major, minor, flags, fetch):
                 row = b * count + t if segmented else t
                 if by_query:
-                    return (b, h, major[t]) if role == "q" else (b, h // self.group, fetch[row])
+                    return (b, h, major[t]) if role == "q" else (b, _div(h, self.group), fetch[row])
                 if role == "k":
                     return b, h, major[t]
-                return b, h * self.group + fetch[row] // q_blocks, fetch[row] % q_blocks
+                return b, h * self.group + _div(fetch[row], q_blocks), _rem(fetch[row], q_blocks)
 
             return at
 
@@ -216,7 +216,7 @@ def _entry(kernel, facts: _Facts, inputs, outputs, biased: bool, by_query: bool,
     step = pl.program_id(2)
     flag = flags[pl.program_id(0) * facts.count + step] if facts.segmented else flags[step]
     found.q_start, found.k_start = (major[step], minor[step]) if by_query else (minor[step], major[step])
-    found.q_start = (found.q_start % facts.q_blocks) * facts.bq
+    found.q_start = _rem(found.q_start, facts.q_blocks) * facts.bq
     found.k_start = found.k_start * facts.bk
 
     @pl.when(flag & FIRST != 0)
@@ -359,6 +359,15 @@ def _dot(a, b, contract: tuple[int, int]):
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _div(a, b: int):
+    """Of numbers that are not negative: `//` would ask for their signs."""
+    return jax.lax.div(a, jnp.int32(b))
+
+
+def _rem(a, b: int):
+    return jax.lax.rem(a, jnp.int32(b))
 
 
 def _column(row):

@@ -100,7 +100,7 @@ def _kernel(structure, queries, block, capacity, low, high, lengths, starts, q_r
         if structure.softcap is not None:
             logits = structure.softcap * jnp.tanh(logits / structure.softcap)
         slots = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + start
-        places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) % queries + lengths[row]
+        places = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0), jnp.int32(queries)) + lengths[row]
         allowed = structure.allowed(places, slots) & (slots < lengths[row]) & (slots >= starts[row])
         logits = jnp.where(allowed, logits, MASKED)
         before = top_ref[...]
