@@ -19,7 +19,7 @@ from pallas_kernels.attention import AttentionError, flash_attention, flash_atte
 # Finite, so that a row without any visible key stays free of NaN; such rows are set to zero explicitly.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked", "tpu", "cudnn")
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "tpu", "gpu", "cudnn")
 """`auto` takes the kernel of the mesh's platform if it fits, else `blocked`, and for short rows the reference."""
 
 

@@ -18,7 +18,7 @@ from pallas_kernels.attention.problem import (
 )
 from pallas_kernels.attention.tiles import Tiles
 
-IMPLEMENTATIONS = ("reference", "blocked", "tpu", "cudnn")
+IMPLEMENTATIONS = ("reference", "blocked", "tpu", "gpu", "cudnn")
 DECODE_IMPLEMENTATIONS = ("reference", "tpu")
 
 
@@ -188,4 +188,8 @@ def combine(outs: list[jax.Array], lses: list[jax.Array]) -> tuple[jax.Array, ja
 def _passes(name: str, tiles: Tiles | None, interpret: bool) -> vjp.Passes:
     if name == "blocked":
         return blocked.PASSES
-    return tpu.passes(tiles, interpret)
+    if name == "tpu":
+        return tpu.passes(tiles, interpret)
+    from pallas_kernels.attention import gpu  # its part of Pallas exists on Linux alone
+
+    return gpu.passes(tiles, interpret)

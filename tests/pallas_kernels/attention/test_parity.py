@@ -1,6 +1,7 @@
 """One suite for every implementation of attention: values, gradients and determinism against the reference in float64.
 
 Kernels run in Pallas' interpreter with small blocks, so that tables, masks and ragged edges all occur at tiny shapes.
+`test_gpu` joins the suite with fewer cases.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ IMPLEMENTATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
+    batch: int = 2
     queries: int = 40
     keys: int = 40
     heads: int = 4
@@ -63,17 +65,17 @@ CASES = {
 
 def arrays(case):
     rng = np.random.default_rng(case.seed)
-    q = rng.normal(size=(2, case.queries, case.heads, case.head_dim)).astype(np.float32)
-    k, v = (rng.normal(size=(2, case.keys, case.kv_heads, case.head_dim)).astype(np.float32) for _ in "kv")
+    q = rng.normal(size=(case.batch, case.queries, case.heads, case.head_dim)).astype(np.float32)
+    k, v = (rng.normal(size=(case.batch, case.keys, case.kv_heads, case.head_dim)).astype(np.float32) for _ in "kv")
     q, k, v = (np.asarray(x, jnp.dtype(case.dtype)) for x in (q, k, v))
     ids = None
     if case.segments == "any":
-        ids = tuple(rng.integers(0, 4, size=(2, n), dtype=np.int32) for n in (case.queries, case.keys))
+        ids = tuple(rng.integers(0, 4, size=(case.batch, n), dtype=np.int32) for n in (case.queries, case.keys))
     elif case.segments:
-        ids = np.sort(rng.integers(0, 4, size=(2, case.keys), dtype=np.int32), axis=1)
+        ids = np.sort(rng.integers(0, 4, size=(case.batch, case.keys), dtype=np.int32), axis=1)
     bias = None
     if case.bias:
-        bias = rng.normal(size=(2, case.keys)).astype(np.float32)
+        bias = rng.normal(size=(case.batch, case.keys)).astype(np.float32)
         bias[0, : case.keys // 3] = -np.inf
     return q, k, v, bias, ids
 

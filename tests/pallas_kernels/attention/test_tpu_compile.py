@@ -1,8 +1,5 @@
 """Every TPU kernel and every row of the block tables, compiled for chips that are not here."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +7,7 @@ import pytest
 
 from pallas_kernels.attention import flash_attention, flash_decode, tiles
 from pallas_kernels.attention.problem import Structure
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from absent_tpu import TOPOLOGIES, chip, compiled
+from tests.pallas_kernels.absent_tpu import TOPOLOGIES, chip, compiled
 
 LENGTH = 1100  # a last block that is not full, and more than one block
 
