@@ -143,7 +143,7 @@ class _Call:
         own_heads = self.q.shape[1] if self.by_query else self.kv_heads
         tiles = bounds.shape[1]
         arrays = {**own, **ring}
-        facts = _Facts(self, bounds.shape[0] > 1, tiles, stages, tuple(outputs))
+        facts = _Facts(self, tiles, stages, tuple(outputs))
         order = (*arrays, *outputs)
 
         def buffer(name: str, lead: int, rows: int):
@@ -187,12 +187,13 @@ class _Call:
 class _Facts:
     """The static numbers that the kernels share."""
 
-    def __init__(self, call: _Call, segmented: bool, tiles: int, stages: int, outputs: tuple[str, ...]):
+    def __init__(self, call: _Call, tiles: int, stages: int, outputs: tuple[str, ...]):
         self.structure, self.by_query, self.outputs = call.structure, call.by_query, outputs
         self.rows, self.block, self.tile = call.rows, call.block, call.tile
         self.groups, self.dim = call.groups, call.dim
         self.keys, self.ragged_keys = call.keys, call.k.shape[2] != call.keys
-        self.group, self.tiles, self.stages, self.segmented = call.group, tiles, stages, segmented
+        self.group, self.tiles, self.stages = call.group, tiles, stages
+        self.segmented = call.q_segments is not None
         self.registers = Interpreted() if call.interpret else Registers()
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.benchmarks import decode, harness, train_step
+from experiments.benchmarks import attention, decode, harness, train_step
 from experiments.benchmarks.llama import Size
 
 TINY = Size(vocab_size=64, layers=2, embed_dim=16, heads=2, mlp_dim=32)
@@ -31,3 +31,15 @@ def test_decode_measures_our_side_alone():
     (row,) = decode.main(decode.Config(TINY, batches=(2,), prompt=8, new_tokens=8, rounds=1))
     assert row["agreement"] == 1.0
     assert row["tokens_per_second"] == pytest.approx(16 / row["seconds"])
+
+
+@pytest.mark.slow
+def test_attention_measures_every_implementation_of_this_platform(tmp_path):
+    out = tmp_path / "figures.json"
+    rows = attention.main(attention.Config(models=("cpu",), lengths=(256,), decode_batch=2, rounds=1, out=out))
+    names = {row["implementation"] for row in rows if row["work"] == "forward and backward"}
+    assert {"blocked", "reference", "jax.nn xla"} <= names
+    for row in rows:
+        if row["work"] == "forward" and "error" not in row:
+            assert row["tflops"] * 1e12 * row["seconds"] == pytest.approx(4 * 64 * 4 * 256 * 257 / 2)
+    assert json.loads(out.read_text())["device"]["matmul_tflops"] > 0

@@ -18,10 +18,15 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 @functools.cache
+def devices(name: str) -> list[jax.Device]:
+    """The four absent chips of a host: `v5e`, `v5p` or `v6e`."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name]).devices
+
+
+@functools.cache
 def chip(name: str) -> Mesh:
-    """A mesh of one absent chip: `v5e`, `v5p` or `v6e`."""
-    found = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name])
-    return Mesh(np.array(found.devices)[:1], ("data",), axis_types=(AxisType.Auto,))
+    """A mesh of one absent chip."""
+    return Mesh(np.array(devices(name))[:1], ("data",), axis_types=(AxisType.Auto,))
 
 
 def compiled(f, mesh: Mesh, *shapes: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
