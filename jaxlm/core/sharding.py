@@ -135,6 +135,11 @@ def mesh_axes(*names: str | None) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(axis for axis in part if ambient.axis_sizes.get(axis, 1) > 1) for part in split)
 
 
+def num_devices() -> int:
+    """The number of devices of the ambient mesh (1 without a mesh)."""
+    return math.prod(_ambient.get().axis_sizes.values())
+
+
 def partition_spec(names: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
     """The `PartitionSpec` of an array whose axes have these logical names."""
     parts = []
@@ -150,12 +155,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
     Axes that a mesh axis does not divide stay whole (a batch of one while sampling, say).
     """
-    ambient = _ambient.get()
-    if all(size == 1 for size in ambient.axis_sizes.values()):
+    if num_devices() == 1:
         return x
+    return jax.lax.with_sharding_constraint(x, local_spec(x.shape, names))
+
+
+def local_spec(shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
+    """How an array of this shape, whose axes have these logical names, lies on the ambient mesh (see `constrain`)."""
+    ambient = _ambient.get()
     spec = partition_spec(names, ambient.rules)
-    parts = [p if n % _parts(p, ambient.axis_sizes) == 0 else None for p, n in zip(spec, x.shape, strict=True)]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+    return PartitionSpec(
+        *(p if n % _parts(p, ambient.axis_sizes) == 0 else None for p, n in zip(spec, shape, strict=True))
+    )
 
 
 def _parts(part: Any, sizes: Mapping[str, int]) -> int:

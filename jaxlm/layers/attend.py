@@ -1,26 +1,26 @@
 """Softmax attention over one or several sources of keys and values.
 
-`attend` chooses between two implementations with the same results. `reference` forms all logits and supports
-everything. `blocked` (one source, causal) never holds more than a block of queries' logits, skips the keys that a
-block cannot see, and recomputes the probabilities in its backward pass (as Dao et al. 2022, arXiv 2205.14135).
+`attend` chooses between implementations with the same results. `reference` forms all logits and supports everything.
+The others are those of `pallas_kernels.attention` (one source, no prefix or dense mask): they never hold more than a
+block of logits, skip the keys that a block cannot see, and recompute the probabilities in their backward passes.
 """
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError, nearest
+from pallas_kernels.attention import AttentionError, flash_attention, flash_attention_sharded
 
 # Finite, so that a row without any visible key stays free of NaN; such rows are set to zero explicitly.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked")
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "tpu", "gpu", "cudnn")
+"""`auto` takes the kernel of the mesh's platform if it fits, else `blocked`, and for short rows the reference."""
 
 
 @jax.tree_util.register_dataclass
@@ -111,16 +111,12 @@ def attend(
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(f"attention implementation '{implementation}': {nearest(implementation, IMPLEMENTATIONS)}")
     dtype = jnp.dtype(dtype or q.dtype)
-    fits = _blocked_fits(q, sources)
-    if implementation == "blocked" and not fits:
-        raise ConfigError("blocked attention takes one causal source without bias, prefix, or dense mask")
-    if fits and (implementation == "blocked" or (implementation == "auto" and q.shape[1] >= 64)):
-        own = sources[0]
-        window, segments = own.allowed.window, own.allowed.segment_ids
-        scaled = q * jnp.asarray(scale, q.dtype)
-        return _blocked(
-            scaled.astype(dtype), own.k.astype(dtype), own.v.astype(dtype), segments, window, softcap
-        ).astype(q.dtype)
+    fits = _flash_fits(q, sources)
+    if implementation not in ("auto", "reference") and not fits:
+        raise ConfigError(f"{implementation} attention takes one source without prefix or dense mask, lengths whole")
+    if fits and implementation != "reference" and (implementation != "auto" or q.shape[1] >= 64):
+        scaled = (q * jnp.asarray(scale, q.dtype)).astype(dtype)
+        return _flash(scaled, sources[0], softcap, implementation).astype(q.dtype)
     return attend_with_weights(q, sources, scale=scale, softcap=softcap, dtype=dtype)[0]
 
 
@@ -168,125 +164,39 @@ def _logits(
     return logits if allowed is None else jnp.where(allowed[:, None, None], logits, _MASKED)
 
 
-def _blocked_fits(q: Array, sources: tuple[KeyValues, ...]) -> bool:
+def _flash_fits(q: Array, sources: tuple[KeyValues, ...]) -> bool:
     if len(sources) != 1 or sharding.axis_size("sequence") > 1:
         return False
     own = sources[0]
     return (
         isinstance(own.allowed, Visible)
-        and own.allowed.mask.causal
         and own.allowed.mask.prefix_lengths is None
         and own.allowed.mask.allowed is None
-        and own.bias is None
         and own.axes == "bskd"
+        and own.num_keys == q.shape[1]
     )
 
 
-# The blocked implementation. Queries are [batch, kv_heads, group, length, head_dim], keys [batch, kv_heads, length,
-# head_dim]; query block i (a static slice) sees the static slice of keys between the farthest that a window reaches and
-# its own end. Products take a block with its group and tokens merged, [batch, kv_heads, group * tokens, ...]: with an
-# axis of its own for the group XLA's CPU backend runs them a third slower.
-
-
-def _block_slices(length: int, window: int | None) -> list[tuple[int, int, int]]:
-    """`(first query, end, first key)` of each block; the keys end where the queries do."""
-    size = max(128, 128 * math.ceil(length / 8 / 128))
-    blocks = []
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        blocks.append((start, end, 0 if window is None else max(0, start - window + 1)))
-    return blocks
-
-
-def _blocked(q: Array, k: Array, v: Array, segments: Array | None, window: int | None, softcap: float | None) -> Array:
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim), 1, 3)
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    # Saved as they are, the backward pass neither rotates nor transposes them again.
-    q, k, v = (checkpoint_name(x, "attention_inputs") for x in (q, k, v))
-    out = _causal_attention(q, k, v, segments, window, softcap)
-    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, head_dim)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _causal_attention(q, k, v, segments, window, softcap):
-    return _forward(q, k, v, segments, window, softcap)[0]
-
-
-def _product(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
-def _merge(x: Array, start: int, end: int) -> Array:
-    """Queries `start` to `end` of `[batch, kv_heads, group, length, n]` as `[batch, kv_heads, group * tokens, n]`."""
-    part = x[:, :, :, start:end]
-    return part.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
-def _join(parts: list[Array], group: int) -> Array:
-    """The inverse of `_merge` for consecutive blocks."""
-    return jnp.concatenate([x.reshape(*x.shape[:2], group, -1, x.shape[-1]) for x in parts], axis=3)
-
-
-def _block_logits(q, k, segments, block, window, softcap):
-    """Masked float32 logits of one block `[batch, kv_heads, group * tokens, keys]`, and the soft cap's derivative."""
-    start, end, first = block
-    logits = _product("bktd,bksd->bkts", _merge(q, start, end), k[:, :, first:end])
-    slope = None
-    if softcap is not None:
-        capped = jnp.tanh(logits / softcap)
-        logits, slope = softcap * capped, 1.0 - jnp.square(capped)
-    queries, keys = jnp.arange(start, end)[None, :, None], jnp.arange(first, end)[None, None, :]
-    allowed = keys <= queries
-    if window is not None:
-        allowed = allowed & (keys > queries - window)
-    if segments is not None:
-        allowed = allowed & (segments[:, start:end, None] == segments[:, None, first:end])
-    allowed = jnp.tile(allowed, (1, q.shape[2], 1))
-    return jnp.where(allowed[:, None], logits, _MASKED), slope
-
-
-def _forward(q, k, v, segments, window, softcap):
-    outs, norms = [], []
-    for block in _block_slices(q.shape[3], window):
-        _, end, first = block
-        logits, _ = _block_logits(q, k, segments, block, window, softcap)
-        top = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = _product("bkts,bksd->bktd", weights.astype(v.dtype), v[:, :, first:end])
-        outs.append((out / total).astype(q.dtype))
-        norms.append(top + jnp.log(total))
-    return _join(outs, q.shape[2]), _join(norms, q.shape[2])
-
-
-def _causal_forward(q, k, v, segments, window, softcap):
-    out, norm = _forward(q, k, v, segments, window, softcap)
-    out = checkpoint_name(out, "attention_result")
-    norm = checkpoint_name(norm, "attention_norm")
-    return out, (q, k, v, segments, out, norm)
-
-
-def _causal_backward(window, softcap, residuals, grad):
-    q, k, v, segments, out, norm = residuals
-    delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    grad = grad.astype(v.dtype)
-    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for block in _block_slices(q.shape[3], window):
-        start, end, first = block
-        logits, slope = _block_logits(q, k, segments, block, window, softcap)
-        weights = jnp.exp(logits - _merge(norm, start, end))
-        block_grad = _merge(grad, start, end)
-        dweights = _product("bktd,bksd->bkts", block_grad, v[:, :, first:end])
-        dlogits = weights * (dweights - _merge(delta, start, end))
-        if slope is not None:
-            dlogits = dlogits * slope
-        dlogits, weights = dlogits.astype(k.dtype), weights.astype(v.dtype)
-        dq.append(_product("bkts,bksd->bktd", dlogits, k[:, :, first:end]))
-        dk = dk.at[:, :, first:end].add(_product("bkts,bktd->bksd", dlogits, _merge(q, start, end)))
-        dv = dv.at[:, :, first:end].add(_product("bkts,bktd->bksd", weights, block_grad))
-    return _join(dq, q.shape[2]).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-_causal_attention.defvjp(_causal_forward, _causal_backward)
+def _flash(
+    q: Float[Array, "batch length heads head_dim"], own: KeyValues, softcap: float | None, implementation: str
+) -> Float[Array, "batch length heads head_dim"]:
+    """Attention of scaled queries to their own keys; on a mesh of accelerators each device computes its part."""
+    k, v = own.k.astype(q.dtype), own.v.astype(q.dtype)
+    options = {
+        "causal": own.allowed.mask.causal,
+        "window": own.allowed.window,
+        "segment_ids": own.allowed.segment_ids,
+        "bias": own.bias,
+        "softcap": softcap,
+        "scale": 1.0,
+        "implementation": implementation,
+    }
+    names = ("batch", None, "act_kv_heads", None)
+    batch_axes, _, head_axes, _ = sharding.local_spec(k.shape, names)
+    same_heads = sharding.local_spec(q.shape, ("batch", None, "act_heads", None))[2] == head_axes
+    try:
+        if implementation != "blocked" and sharding.platform() != "cpu" and sharding.num_devices() > 1 and same_heads:
+            return flash_attention_sharded(q, k, v, batch_axes=batch_axes, head_axes=head_axes, **options)
+        return flash_attention(q, k, v, **options)
+    except AttentionError as error:
+        raise ConfigError(f"attention: {error}") from error

@@ -83,7 +83,7 @@ class DecoderConfig:
     matrix products and of attention, `projections` those of the query, key and value projections, `full` only the
     input of each layer."""
     attention: str = "auto"
-    """Implementation of attention: `auto`, `reference`, `blocked`."""
+    """Implementation of attention: `auto`, `reference`, `blocked`, or a kernel, `tpu`, `gpu`, `cudnn`."""
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim", "max_length"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.benchmarks import cross_entropy, decode, harness, quantized_matmul, train_step
+from experiments.benchmarks import attention, cross_entropy, decode, harness, quantized_matmul, train_step
 from experiments.benchmarks.llama import Size
 
 TINY = Size(vocab_size=64, layers=2, embed_dim=16, heads=2, mlp_dim=32)
@@ -49,3 +49,15 @@ def test_quantized_products_are_measured(tmp_path, monkeypatch):
 def test_cross_entropy_is_measured():
     config = cross_entropy.Config(tokens=16, embed=8, vocab=(64,), rounds=1)
     assert [row["implementation"] for row in cross_entropy.main(config)] == ["reference", "auto"]
+
+
+@pytest.mark.slow
+def test_attention_measures_every_implementation_of_this_platform(tmp_path):
+    out = tmp_path / "figures.json"
+    rows = attention.main(attention.Config(models=("cpu",), lengths=(256,), decode_batch=2, rounds=1, out=out))
+    names = {row["implementation"] for row in rows if row["work"] == "forward and backward"}
+    assert {"blocked", "reference", "jax.nn xla"} <= names
+    for row in rows:
+        if row["work"] == "forward" and "error" not in row:
+            assert row["tflops"] * 1e12 * row["seconds"] == pytest.approx(4 * 64 * 4 * 256 * 257 / 2)
+    assert json.loads(out.read_text())["device"]["matmul_tflops"] > 0

@@ -5,9 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError
 from jaxlm.layers import KeyValues, Mask, Visible, attend
+from tests.pallas_kernels.absent_tpu import devices
 
 
 def arrays(batch=2, queries=7, keys=7, heads=4, kv_heads=2, dim=6, seed=0):
@@ -112,7 +115,26 @@ def test_bfloat16_operands_stay_close():
 
 def test_a_forced_implementation_that_cannot_is_an_error():
     q, k, v = arrays()
-    with pytest.raises(ConfigError, match="blocked attention takes one causal source"):
+    with pytest.raises(ConfigError, match="blocked attention takes one source"):
         attend(q, (KeyValues(k, v, None),), scale=1.0, implementation="blocked")
     with pytest.raises(ConfigError, match="did you mean 'blocked'"):
         attend(q, (KeyValues(k, v, None),), scale=1.0, implementation="block")
+
+
+def test_on_a_mesh_of_tpus_each_chip_runs_the_kernels_on_its_part():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=2), devices("v5e"))
+
+    def loss(q, k, v, segments):
+        source = KeyValues(k, v, Visible(segment_ids=segments))
+        return jnp.sum(attend(q, (source,), scale=0.125, dtype=jnp.bfloat16))
+
+    def shape(*sizes, dtype=jnp.float32):
+        spec = PartitionSpec(("data", "fsdp"), None, *(["tensor", None] if len(sizes) == 4 else []))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+    shapes = shape(4, 256, 4, 64), shape(4, 256, 2, 64), shape(4, 256, 2, 64), shape(4, 256, dtype=jnp.int32)
+    with sharding.use_mesh(mesh):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile().as_text()
+    for kernel in ("forward_kernel", "dq_kernel", "dkv_kernel"):
+        assert kernel in text
+    assert "all-gather" not in text
