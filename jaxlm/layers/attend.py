@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError, nearest
+from jaxlm.layers import attend_loop
 
 # Finite, so that a row without any visible key stays free of NaN; such rows are set to zero explicitly.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -205,7 +206,10 @@ def _blocked(q: Array, k: Array, v: Array, segments: Array | None, window: int |
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     # Saved as they are, the backward pass neither rotates nor transposes them again.
     q, k, v = (checkpoint_name(x, "attention_inputs") for x in (q, k, v))
-    out = _causal_attention(q, k, v, segments, window, softcap)
+    if sharding.platform() == "cpu":
+        out = _causal_attention(q, k, v, segments, window, softcap)
+    else:
+        out = attend_loop.causal_attention(q, k, v, segments, window, softcap)
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, head_dim)
 
 
