@@ -47,7 +47,7 @@ def _forward(q, k, v, segments, window, softcap, block):
 
         def columns(j: Array, carry: tuple) -> tuple:
             top, total, out = carry
-            logits, _ = _logits(part, k, segments, i, j, block, window, softcap)
+            logits, _ = _logits(part, _columns(k, j, block), segments, i, j, block, window, softcap)
             higher = jnp.maximum(top, jnp.max(logits, axis=-1))
             weights, fade = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
             more = _product("bkgts,bksd->bkgtd", weights.astype(v.dtype), _columns(v, j, block))
@@ -82,41 +82,40 @@ def _causal_backward(window, softcap, block, residuals, grad):
     grad, norm, delta = (_pad(x, tail, 3) for x in (grad, norm, delta))
     q, k, v, segments, count = _padded(q, k, v, segments, block)
 
-    def rows(i: Array, grads: tuple) -> tuple:
-        part, part_grad = _rows(q, i, block), _rows(grad, i, block)
-        part_norm, part_delta = (_rows(x, i, block)[..., None] for x in (norm, delta))
+    def columns(j: Array, grads: tuple) -> tuple:
+        keys, values = _columns(k, j, block), _columns(v, j, block)
 
-        def columns(j: Array, carry: tuple) -> tuple:
+        def rows(i: Array, carry: tuple) -> tuple:
             dq, dk, dv = carry
-            logits, slope = _logits(part, k, segments, i, j, block, window, softcap)
-            weights = jnp.exp(logits - part_norm)
-            dweights = _product("bkgtd,bksd->bkgts", part_grad, _columns(v, j, block))
-            dlogits = weights * (dweights - part_delta)
+            part, part_grad, part_norm, part_delta = (_rows(x, i, block) for x in (q, grad, norm, delta))
+            logits, slope = _logits(part, keys, segments, i, j, block, window, softcap)
+            weights = jnp.exp(logits - part_norm[..., None])
+            dweights = _product("bkgtd,bksd->bkgts", part_grad, values)
+            dlogits = weights * (dweights - part_delta[..., None])
             if slope is not None:
                 dlogits = dlogits * slope
             dlogits, weights = dlogits.astype(k.dtype), weights.astype(v.dtype)
-            dq = dq + _product("bkgts,bksd->bkgtd", dlogits, _columns(k, j, block))
-            more_dk = _product("bkgts,bkgtd->bksd", dlogits, part)
-            more_dv = _product("bkgts,bkgtd->bksd", weights, part_grad)
-            dk = _put(dk, _columns(dk, j, block) + more_dk, j, block, 2)
-            return dq, dk, _put(dv, _columns(dv, j, block) + more_dv, j, block, 2)
+            more = _product("bkgts,bksd->bkgtd", dlogits, keys)
+            dk = dk + _product("bkgts,bkgtd->bksd", dlogits, part)
+            dv = dv + _product("bkgts,bkgtd->bksd", weights, part_grad)
+            return _put(dq, _rows(dq, i, block) + more, i, block, 3), dk, dv
 
-        dqs, dk, dv = grads
-        start = (jnp.zeros(part.shape, jnp.float32), dk, dv)
-        dq, dk, dv = jax.lax.fori_loop(_first(i, block, window), i + 1, columns, start)
-        return _put(dqs, dq.astype(q.dtype), i, block, 3), dk, dv
+        dq, dks, dvs = grads
+        zero = jnp.zeros(keys.shape, jnp.float32)
+        dq, dk, dv = jax.lax.fori_loop(j, _last(j, block, window, count), rows, (dq, zero, zero))
+        return dq, _put(dks, dk.astype(k.dtype), j, block, 2), _put(dvs, dv.astype(v.dtype), j, block, 2)
 
-    start = (jnp.zeros_like(q), jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    dq, dk, dv = jax.lax.fori_loop(0, count, rows, start)
-    return dq[:, :, :, :length], dk[:, :, :length].astype(k.dtype), dv[:, :, :length].astype(v.dtype), None
+    start = (jnp.zeros(q.shape, jnp.float32), jnp.zeros_like(k), jnp.zeros_like(v))
+    dq, dk, dv = jax.lax.fori_loop(0, count, columns, start)
+    return dq[:, :, :, :length].astype(q.dtype), dk[:, :, :length], dv[:, :, :length], None
 
 
 causal_attention.defvjp(_causal_forward, _causal_backward)
 
 
-def _logits(part, k, segments, i, j, block, window, softcap):
+def _logits(part, keys, segments, i, j, block, window, softcap):
     """Masked float32 logits of query block `i` against key block `j`, and the soft cap's derivative."""
-    logits, slope = _product("bkgtd,bksd->bkgts", part, _columns(k, j, block)), None
+    logits, slope = _product("bkgtd,bksd->bkgts", part, keys), None
     if softcap is not None:
         capped = jnp.tanh(logits / softcap)
         logits, slope = softcap * capped, 1.0 - jnp.square(capped)
@@ -135,6 +134,11 @@ def _logits(part, k, segments, i, j, block, window, softcap):
 def _first(i: Array, block: int, window: int | None) -> Array:
     """The first key block that query block `i` reaches back to."""
     return jnp.zeros_like(i) if window is None else jnp.maximum(0, i * block - window + 1) // block
+
+
+def _last(j: Array, block: int, window: int | None, count: int) -> Array | int:
+    """One beyond the last query block that sees key block `j`."""
+    return count if window is None else jnp.minimum(count, j + (window + block - 2) // block + 1)
 
 
 def _padded(q, k, v, segments, block: int):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.keys import fold
-from jaxlm.core.sharding import constrain, gather
+from jaxlm.core.sharding import constrain, gather, platform
 from jaxlm.layers import kv_cache, rotary
 from jaxlm.layers.attend import KeyValues, Mask, Visible
 from jaxlm.layers.attention import Attention, AttentionInputs
@@ -361,8 +361,13 @@ def _remat_policy(name: str):
         case "none":
             return None
         case "dots":
-            attention = policies.save_only_these_names("attention_inputs", "attention_result", "attention_norm")
-            return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)
+            attention = ("attention_inputs", "attention_result", "attention_norm")
+            if platform() != "cpu":
+                # Without attention's output projection: as large as what else attention keeps, and one plain product.
+                return policies.save_only_these_names(*attention, "attention_projection", "mlp_projection")
+            return policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*attention)
+            )
         case "projections":
             return policies.save_only_these_names("attention_projection")
         case _:

@@ -27,9 +27,9 @@ Head = Callable[[Any, Float[Array, "batch length embed"]], Float[Array, "batch l
 class CausalLM:
     """Mean negative log-likelihood of `targets`, weighted by `loss_weights`, over the whole batch.
 
-    `model` is a `Decoder` (anything with `embed`, `trunk`, `head`, `head_params`, `gather_head`). `z_loss` times the squared
-    log-partition is added for each token (PaLM, Chowdhery et al. 2022, section 5). `chunk_length` cuts each row for
-    the vocabulary projection; by default so that a chunk's logits take at most about 64 MB a device.
+    `model` is a `Decoder` (anything with `embed`, `trunk`, `head`, `head_params`, `gather_head`). `z_loss` times the
+    squared log-partition is added for each token (PaLM, Chowdhery et al. 2022, section 5). `chunk_length` cuts each
+    row for the vocabulary projection; by default so that a chunk's logits take at most about 64 MB a device.
     """
 
     model: Any
@@ -201,7 +201,8 @@ def _fused_forward(
         return [x for x, w in zip(found, wanted, strict=True) if w], (_unwanted(found, wanted), found_rest)
 
     frozen = _unwanted(values, wanted)
-    trained, scatter, (frozen, rest) = jax.vjp(whole, [v for v, w in zip(values, wanted, strict=True) if w], has_aux=True)
+    asked = [v for v, w in zip(values, wanted, strict=True) if w]
+    trained, scatter, (frozen, rest) = jax.vjp(whole, asked, has_aux=True)
 
     def body(carry: tuple, chunk: tuple) -> tuple:
         sums, dtrained = carry

@@ -51,8 +51,8 @@ def model_log_probs(
     """Each target's log-probability under a model, for batches whose arrays are `[*rows, length]`.
 
     All rows (pairs, groups) go through the model together. `model` is a `Decoder` (anything with `embed`, `trunk`,
-    `head`, `head_params`, `gather_head` and `config.vocab_size`). Values at padding mean nothing. Run it once over a data set with
-    the reference's parameters to store `reference_log_probs` beside the batches' other arrays.
+    `head`, `head_params`, `gather_head` and `config.vocab_size`). Values at padding mean nothing. Run it once over a
+    data set with the reference's parameters to store `reference_log_probs` beside the batches' other arrays.
     """
     rows = batch["inputs"].shape[:-1]
     inputs, targets, positions, segment_ids = (

@@ -58,9 +58,9 @@ def score_tokens(
 ) -> list[TokenScores]:
     """Scores the last `counts[i]` tokens of each sequence given what precedes them; by default all but the first.
 
-    `model` is a `Decoder` (anything hashable with `embed`, `trunk`, `head`, `head_params`, `gather_head` and `config`). At most
-    `max_length` tokens (by default the model's) go in at once: what is too far left is cut off. Results are in the
-    order of `sequences`, and do not depend on what else is scored, nor on `batch_size` beyond rounding. Sequences
+    `model` is a `Decoder` (anything hashable with `embed`, `trunk`, `head`, `head_params`, `gather_head` and `config`).
+    At most `max_length` tokens (by default the model's) go in at once: what is too far left is cut off. Results are in
+    the order of `sequences`, and do not depend on what else is scored, nor on `batch_size` beyond rounding. Sequences
     that differ only in their last token, the one to be scored, share a row. Under `use_mesh` rows are divided among
     devices, and `batch_size` is rounded up to a multiple of their number.
 
