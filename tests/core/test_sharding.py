@@ -71,3 +71,21 @@ def test_the_platform_is_that_of_the_mesh():
         assert sharding.platform() == "cpu"
         assert sharding.axis_size("data") == 8
     assert sharding.axis_size("data") == 1
+
+
+def test_gathered_weights_have_gradients_that_lie_as_they_are_stored():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
+    w = np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32)
+
+    def grad(w, x):
+        def loss(w):
+            return jnp.sum(jnp.square(x @ sharding.gather(w, ("embed", None), (None, None)).T))
+
+        return jax.grad(loss)(w)
+
+    with sharding.use_mesh(mesh):
+        stored = NamedSharding(mesh, PartitionSpec("fsdp", None))
+        got = jax.jit(grad)(jax.device_put(w, stored), jax.device_put(x, stored))
+    assert got.sharding.is_equivalent_to(stored, 2)
+    np.testing.assert_allclose(got, 2 * (x @ w.T).T @ x, rtol=1e-5)
