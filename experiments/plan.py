@@ -105,7 +105,7 @@ def resolve(config: Config) -> tuple[Any, Any, Config]:
         data=dataclasses.replace(preset.data, sequence_length=length),
         mesh=parse_mesh(config.mesh) if config.mesh else preset.mesh,
         batch_size=config.batch_size or preset.batch_size,
-        micro_batches=config.micro_batches or preset.micro_batches,
+        micro_batches=1 if config.step == "decode" else config.micro_batches or preset.micro_batches,
     )
     return module, preset, dataclasses.replace(config, topology=topology)
 

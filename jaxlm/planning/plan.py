@@ -1,13 +1,15 @@
 """Compiles a program for machines that are not here, and says what it would take of a chip: memory, work, time."""
 
+import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlm.planning import hlo
 from jaxlm.planning.topology import Chip, Topology
@@ -102,7 +104,8 @@ def make_plan(
     }
     start = time.monotonic()
     try:
-        compiled = lowered.compile()
+        with _without_cache():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -147,6 +150,19 @@ def parse_refusal(message: str) -> tuple[float | None, float | None]:
             needed, needed_unit, limit, limit_unit = match.groups()
             return float(needed) * _unit(needed_unit), float(limit) * _unit(limit_unit)
     return None, None
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Programs for absent devices go into JAX's persistent cache but cannot be read from it again."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def _unit(letter: str) -> int:
