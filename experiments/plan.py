@@ -52,6 +52,15 @@ class Config:
     """Where the plan goes, as JSON."""
 
 
+    def __post_init__(self):
+        if self.search < 0:
+            raise ConfigError(f"search is {self.search}, expected 0 or more")
+        given = [name for name in ("mesh", "remat", "micro_batches") if getattr(self, name)]
+        if self.search and (given or self.step != "train"):
+            what = f"leave out --{' --'.join(given)}" if given else "it has none for decoding"
+            raise ConfigError(f"--search chooses mesh, remat and micro_batches of the training step: {what}")
+
+
 class DoesNotFit(JaxlmError):
     """The program needs more memory than a chip has."""
 

@@ -110,6 +110,8 @@ def test_decode_and_json(tmp_path, least_effort):
         ({"mesh": "fsdb=4"}, "no axis 'fsdb': did you mean 'fsdp'"),
         ({"mesh": "fsdp"}, "is not an axis and its size"),
         ({"remat": "some"}, "model.remat is 'some'"),
+        ({"search": 2, "remat": "full"}, "leave out --remat"),
+        ({"search": 2, "step": "decode"}, "it has none for decoding"),
         ({"experiment": "pretrian"}, "did you mean experiments.pretrain"),
         ({"experiment": "finetune"}, "cannot be planned"),
     ],
@@ -122,6 +124,19 @@ def test_what_cannot_be_planned_is_refused_by_name(options, message):
 def test_a_mesh_for_another_machine_is_refused_with_one_that_works():
     with pytest.raises(ConfigError, match="--mesh fsdp=4"):
         planned(preset="llama_7b", topology="v5e:2x2")
+
+
+@pytest.mark.slow
+def test_search_ranks_what_fits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1")
+    out = tmp_path / "ranked.json"
+    options = {"topology": "v5e:2x2", "batch_size": 16, "length": 256, "search": 2, "out": out}
+    plan.run(plan.Config(preset="smollm2_135m", **options))
+    rows = json.loads(out.read_text())["ranked"]
+    assert len(rows) == 2
+    assert all(row["fits"] and row["total_bytes"] < CHIPS["v5e"].memory for row in rows)
+    assert rows[0]["seconds"] <= rows[1]["seconds"]
+    assert "fits: --mesh" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_should(tmp_path):
