@@ -3,7 +3,7 @@
     python -m experiments.plan --preset llama_7b                             # for the preset's own machine
     python -m experiments.plan --preset llama_7b --topology v5p:4x4x4 --mesh fsdp=64
     python -m experiments.plan --preset llama_1b --topology v5e:4x4 --search 6
-    python -m experiments.plan --preset llama_1b --topology v6e:2x2 --step decode --mesh tensor=4
+    python -m experiments.plan --topology v6e:2x2 --step decode --mesh tensor=4 --batch_size 32 --length 2048
 
 Prints bytes a chip (parameters, optimizer state, batch, the rest) against the chip's memory, operations and bytes
 moved, the least time that these and the collectives take, and the compiler's own estimate where it makes one. No
