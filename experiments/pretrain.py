@@ -129,7 +129,7 @@ PRESETS: Mapping[str, Config] = {
     "llama_7b": _accelerator(
         "llama-2-7b", MeshConfig(data=1, fsdp=256), batch=1024, length=4096, steps=250_000, rate=3e-4, micro_batches=2
     ),
-    # One H200; compiled for it: 7 of 141 GB.
+    # One H200; compiled for it: 7 and 33 of 141 GB.
     "smollm2_135m_h200": _accelerator(
         "smollm2-135m", MeshConfig(), batch=512, length=2048, steps=20_000, rate=3e-3, micro_batches=16
     ),
