@@ -77,8 +77,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """A TPU compiler refuses what does not fit; a GPU's does not, so there the total decides."""
-        return self.memory is not None and (self.chip.clock is not None or self.memory.total <= self.chip.memory)
+        """The compiler accepted it, and its peak is within the chip's memory (a GPU's compiler refuses nothing)."""
+        return self.memory is not None and (self.memory.peak or self.memory.total) <= self.chip.memory
 
     def mfu(self, seconds: float) -> float:
         """Model FLOPs utilization of a step that takes so long."""

@@ -1,12 +1,14 @@
 """A small program planned for a TPU: bytes against arithmetic, what does not fit, the roofline in closed form."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.core.sharding import MeshConfig, make_mesh
-from jaxlm.planning import CHIPS, Collective, Costs, find_topology, make_plan, parse_refusal, shard_bytes
+from jaxlm.planning import CHIPS, Collective, Costs, Memory, Plan, find_topology, make_plan, parse_refusal, shard_bytes
 from jaxlm.planning.plan import estimate
 
 
@@ -59,6 +61,13 @@ def test_the_roofline_is_the_slowest_of_three():
     times = estimate(chip, 459e12 * 2, costs)
     assert (times.compute, times.memory, times.network, times.compiler) == (2.0, 3.0, 1.5, 2.0)
     assert times.roofline == 3.0
+
+
+def test_a_compiler_that_refuses_nothing_is_not_believed():
+    memory = Memory({}, arguments=100e9, outputs=0, temporaries=50e9, aliased=0, peak=None)
+    plan = Plan("h200", CHIPS["h200"], 1, {}, 0.0, 0.0, 0.0, memory=memory)
+    assert not plan.fits
+    assert dataclasses.replace(plan, memory=dataclasses.replace(memory, temporaries=40e9)).fits
 
 
 def test_keys_and_whole_arrays_count_in_full():
