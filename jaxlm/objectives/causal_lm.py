@@ -19,6 +19,8 @@ from jaxlm.core.sharding import constrain
 from jaxlm.objectives.base import Aux, Batch, StepContext
 
 _CHUNK_BYTES = 64 << 20
+# On meshes of accelerators each chunk ends with the reduction of the head's gradient over all devices.
+_ACCELERATOR_CHUNK_BYTES = 256 << 20
 
 Head = Callable[[Any, Float[Array, "batch length embed"]], Float[Array, "batch length vocab"]]
 
@@ -29,7 +31,8 @@ class CausalLM:
 
     `model` is a `Decoder` (anything with `embed`, `trunk`, `head`, `head_params`, `gather_head`). `z_loss` times the
     squared log-partition is added for each token (PaLM, Chowdhery et al. 2022, section 5). `chunk_length` cuts each
-    row for the vocabulary projection; by default so that a chunk's logits take at most about 64 MB a device.
+    row for the vocabulary projection; by default so that a chunk's logits take at most about 64 MB a device (256 MB on
+    accelerators).
     """
 
     model: Any
@@ -114,10 +117,11 @@ def token_loss_sums(
 
 
 def default_chunk(batch: int, length: int, vocab_size: int) -> int:
-    """As much of each row as keeps a chunk's float32 logits below `_CHUNK_BYTES` on a device."""
+    """As much of each row as keeps a chunk's float32 logits on a device below a fixed size."""
     rows = batch / (sharding.axis_size("data") * sharding.axis_size("fsdp"))
     columns = vocab_size / sharding.axis_size("tensor")
-    fitting = max(1, int(_CHUNK_BYTES / (4 * max(rows, 1) * columns)))
+    size = _CHUNK_BYTES if sharding.platform() == "cpu" else _ACCELERATOR_CHUNK_BYTES
+    fitting = max(1, int(size / (4 * max(rows, 1) * columns)))
     chunks = -(-length // fitting)
     return -(-length // chunks)
 
