@@ -111,7 +111,7 @@ def _accelerator(name: str, mesh: MeshConfig, *, batch: int, length: int, steps:
 PRESETS: Mapping[str, Config] = {
     "smoke": SMOKE,
     "small": SMALL,
-    # TPU v5e-8 (one host): 1M tokens a step, 8 rows a chip at a time; compiled for it: 10 of 16 GB.
+    # TPU v5e-8 (one host): 1M tokens a step, 8 rows a chip at a time; compiled for it: 10 of 17 GB.
     "smollm2_135m": _accelerator(
         "smollm2-135m",
         MeshConfig(data=8),
@@ -122,15 +122,15 @@ PRESETS: Mapping[str, Config] = {
         micro_batches=8,
         remat="dots",
     ),
-    # TPU v5p-64 (32 chips, 8 hosts), 16 rows a chip; compiled for it: 47 of 95 GB.
+    # TPU v5p-64 (32 chips, 8 hosts), 16 rows a chip; compiled for it: 40 of 102 GB.
     "llama_1b": _accelerator(
         "llama-1b", MeshConfig(data=1, fsdp=32), batch=512, length=2048, steps=100_000, rate=1e-3, remat="dots"
     ),
-    # TPU v5e-256: everything sharded over all chips, two rows of 4,096 tokens a chip at a time; compiled: 8 of 16 GB.
+    # TPU v5e-256: everything sharded over all chips, two rows of 4,096 tokens a chip at a time; compiled: 6 of 17 GB.
     "llama_7b": _accelerator(
         "llama-2-7b", MeshConfig(data=1, fsdp=256), batch=1024, length=4096, steps=250_000, rate=3e-4, micro_batches=2
     ),
-    # One H200 (141 GB). Not compiled for it yet: memory estimated.
+    # One H200; compiled for it: 7 and 33 of 141 GB.
     "smollm2_135m_h200": _accelerator(
         "smollm2-135m", MeshConfig(), batch=512, length=2048, steps=20_000, rate=3e-3, micro_batches=16
     ),
@@ -138,6 +138,28 @@ PRESETS: Mapping[str, Config] = {
         "llama-1b", MeshConfig(), batch=512, length=2048, steps=100_000, rate=1e-3, micro_batches=32
     ),
 }
+
+
+TOPOLOGIES: Mapping[str, str] = {
+    "smollm2_135m": "v5e:2x4",
+    "llama_1b": "v5p:2x4x4",
+    "llama_7b": "v5e:16x16",
+    "smollm2_135m_h200": "h200",
+    "llama_1b_h200": "h200",
+}
+"""The machine that each accelerator preset is for: `python -m experiments.plan --preset NAME` compiles it for that."""
+
+
+def abstract_batch(config: Config, mesh: Any) -> dict[str, Any]:
+    """The shapes of a global batch, laid out on `mesh`: what a step is compiled for."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.core.sharding import batch_sharding
+
+    shape = (config.batch_size, config.data.sequence_length)
+    dtypes = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32) | {"loss_weights": jnp.float32}
+    return {k: jax.ShapeDtypeStruct(shape, d, sharding=batch_sharding(mesh, 2)) for k, d in dtypes.items()}
 
 
 def make_program(config: Config, devices: Any = None) -> Any:

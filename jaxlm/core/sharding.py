@@ -11,6 +11,7 @@ Mesh axes: `data` (batch only), `fsdp` (batch, and weights sharded over it), `se
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -167,6 +168,30 @@ def local_spec(shape: Sequence[int], names: Sequence[str | None]) -> PartitionSp
     return PartitionSpec(
         *(p if n % _parts(p, ambient.axis_sizes) == 0 else None for p, n in zip(spec, shape, strict=True))
     )
+
+
+def gather(x: jax.Array, stored: Sequence[str | None], used: Sequence[str | None]) -> jax.Array:
+    """`x`, stored on the mesh as the names `stored` say, laid out as `used` say; its gradient lies as stored again.
+
+    The gradient of a mere `constrain` lies as the result does: a sharded weight's would stay whole until it is needed.
+    """
+    return _gather(x, tuple(stored), tuple(used))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, stored: tuple, used: tuple) -> jax.Array:
+    return constrain(x, *used)
+
+
+def _gather_forward(x: jax.Array, stored: tuple, used: tuple) -> tuple[jax.Array, None]:
+    return constrain(x, *used), None
+
+
+def _gather_backward(stored: tuple, used: tuple, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (constrain(grad, *stored),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _parts(part: Any, sizes: Mapping[str, int]) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxlm.core.precision import Precision
@@ -40,9 +41,14 @@ class MLP(nn.Module):
             return Linear(features, axes, init, self.use_bias, bias_axis, self.precision, name=name)
 
         activation = ACTIVATIONS[self.activation]
-        up = linear("up", self.hidden, ("embed", "mlp"), self.kernel_init)(x, probe)
+
+        def widen(name: str) -> Float[Array, "batch length mlp"]:
+            wide = linear(name, self.hidden, ("embed", "mlp"), self.kernel_init)(x, probe)
+            return checkpoint_name(wide, "mlp_projection")
+
+        up = widen("up")
         if self.gated:
-            hidden = activation(linear("gate", self.hidden, ("embed", "mlp"), self.kernel_init)(x, probe)) * up
+            hidden = activation(widen("gate")) * up
         else:
             hidden = activation(up)
         hidden = constrain(hidden, "batch", "length", "act_mlp")

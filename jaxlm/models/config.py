@@ -80,8 +80,8 @@ class DecoderConfig:
     precision: Precision = Precision()
     remat: str = "dots"
     """What the backward pass finds stored, the rest it computes again: `none` stores everything, `dots` the results of
-    matrix products and of attention, `projections` those of the query, key and value projections, `full` only the
-    input of each layer."""
+    matrix products and of attention (on accelerators only those that it needs, and not attention's output projection),
+    `projections` those of the query, key and value projections, `full` only the input of each layer."""
     attention: str = "auto"
     """Implementation of attention: `auto`, `reference`, `blocked`, or a kernel, `tpu`, `gpu`, `cudnn`."""
 

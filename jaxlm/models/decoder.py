@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.keys import fold
-from jaxlm.core.sharding import constrain
+from jaxlm.core.sharding import constrain, gather, platform
 from jaxlm.layers import kv_cache, rotary
 from jaxlm.layers.attend import KeyValues, Mask, Visible
 from jaxlm.layers.attention import Attention, AttentionInputs
@@ -151,18 +151,22 @@ class Decoder:
         return hidden
 
     def head_params(self, params: Params) -> dict[str, Any]:
-        """The part of the parameters that `head` reads; `head` takes it in place of the whole.
+        """The part of the parameters that `head` reads; `head` takes it in place of the whole."""
+        return {name: params[name] for name in ("final_norm", "embedding" if self.config.tie_embeddings else "head")}
 
-        Sharded weights are gathered over their features here, once, and not again by every chunk of tokens.
+    def gather_head(self, head_params: Params) -> dict[str, Any]:
+        """`head_params` with sharded weights whole over their features: done once, not again by every chunk of tokens.
+
+        Their gradient is sharded again as soon as all chunks' are added up.
         """
-        found = {"final_norm": params["final_norm"]}
-        if self.config.tie_embeddings:
-            table = params["embedding"]["table"]
-            found["embedding"] = {"table": table if isinstance(table, Weight) else constrain(table, "vocab", None)}
-        else:
-            kernel = params["head"]["kernel"]
-            found["head"] = {"kernel": kernel if isinstance(kernel, Weight) else constrain(kernel, None, "vocab")}
-        return found
+        name, leaf, stored, used = (
+            ("embedding", "table", ("tied_vocab", "embed"), ("vocab", None))
+            if self.config.tie_embeddings
+            else ("head", "kernel", ("embed", "vocab"), (None, "vocab"))
+        )
+        weight = head_params[name][leaf]
+        whole = weight if isinstance(weight, Weight) else gather(weight, stored, used)
+        return {**head_params, name: {**head_params[name], leaf: whole}}
 
     def head(self, params: Params, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
         """Float32 logits: final norm, projection, soft cap."""
@@ -357,8 +361,13 @@ def _remat_policy(name: str):
         case "none":
             return None
         case "dots":
-            attention = policies.save_only_these_names("attention_inputs", "attention_result", "attention_norm")
-            return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)
+            attention = ("attention_inputs", "attention_result", "attention_norm")
+            if platform() != "cpu":
+                # Without attention's output projection: as large as what else attention keeps, and one plain product.
+                return policies.save_only_these_names(*attention, "attention_projection", "mlp_projection")
+            return policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*attention)
+            )
         case "projections":
             return policies.save_only_these_names("attention_projection")
         case _:

@@ -24,6 +24,28 @@ def train_flops_per_token(config: DecoderConfig, length: int) -> float:
     return 3.0 * forward_flops_per_token(config, length)
 
 
+def decode_flops_per_token(config: DecoderConfig, length: int) -> float:
+    """Operations of the forward pass of one token that sees `length` others (fewer in layers with a window)."""
+    c = config
+    products = forward_flops_per_token(c, 1) - 4.0 * c.num_layers * c.num_heads * c.head_size
+    keys = sum(length if kind.window is None else min(length, kind.window) for kind in c.layer_kinds())
+    return products + 4.0 * c.num_heads * c.head_size * keys
+
+
+def executed_flops_per_token(config: DecoderConfig, length: int, remat: str | None = None) -> float:
+    """`train_flops_per_token` and what an accelerator's backward pass computes again under `remat` (the config's)."""
+    c = config
+    heads, kv = c.num_heads * c.head_size, c.kv_heads * c.head_size
+    layers = forward_flops_per_token(c, length) - 2.0 * c.embed_dim * c.vocab_size
+    again = {
+        "none": 0.0,
+        "dots": 2.0 * c.num_layers * heads * c.embed_dim,
+        "projections": layers - 2.0 * c.num_layers * c.embed_dim * (heads + 2 * kv),
+        "full": layers,
+    }
+    return train_flops_per_token(c, length) + again[remat or c.remat]
+
+
 def _mean_visible_keys(length: int, window: int | None) -> float:
     if window is None or window >= length:
         return (length + 1) / 2

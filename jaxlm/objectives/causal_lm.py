@@ -19,6 +19,8 @@ from jaxlm.core.sharding import constrain
 from jaxlm.objectives.base import Aux, Batch, StepContext
 
 _CHUNK_BYTES = 64 << 20
+# On meshes of accelerators each chunk ends with the reduction of the head's gradient over all devices.
+_ACCELERATOR_CHUNK_BYTES = 256 << 20
 
 Head = Callable[[Any, Float[Array, "batch length embed"]], Float[Array, "batch length vocab"]]
 
@@ -27,9 +29,10 @@ Head = Callable[[Any, Float[Array, "batch length embed"]], Float[Array, "batch l
 class CausalLM:
     """Mean negative log-likelihood of `targets`, weighted by `loss_weights`, over the whole batch.
 
-    `model` is a `Decoder` (anything with `embed`, `trunk`, `head`, `head_params`). `z_loss` times the squared
-    log-partition is added for each token (PaLM, Chowdhery et al. 2022, section 5). `chunk_length` cuts each row for
-    the vocabulary projection; by default so that a chunk's logits take at most about 64 MB a device.
+    `model` is a `Decoder` (anything with `embed`, `trunk`, `head`, `head_params`, `gather_head`). `z_loss` times the
+    squared log-partition is added for each token (PaLM, Chowdhery et al. 2022, section 5). `chunk_length` cuts each
+    row for the vocabulary projection; by default so that a chunk's logits take at most about 64 MB a device (256 MB on
+    accelerators).
     """
 
     model: Any
@@ -74,6 +77,7 @@ class CausalLM:
             z_loss=self.z_loss,
             chunk_length=self.chunk_length,
             implementation=self.implementation,
+            gather=self.model.gather_head,
         )
 
 
@@ -88,11 +92,12 @@ def token_loss_sums(
     z_loss: float = 0.0,
     chunk_length: int | None = None,
     implementation: str = "fused",
+    gather: Callable[[Any], Any] = lambda head_params: head_params,
 ) -> dict[str, Float[Array, ""]]:
     """Sums over tokens of `weights * (nll + z_loss * lse^2)`, `weights * nll` and `weights * correct`.
 
-    `head(head_params, chunk) -> float32 logits` is called on chunks `[batch, chunk_length, embed]`. Only the first sum,
-    `loss`, has a gradient.
+    `head(gather(head_params), chunk) -> float32 logits` is called on chunks `[batch, chunk_length, embed]`; `gather`
+    changes the layout of sharded weights, once for all chunks. Only the first sum, `loss`, has a gradient.
     """
     batch, length, _ = hidden.shape
     chunk_length = chunk_length or default_chunk(batch, length, vocab_size)
@@ -104,18 +109,19 @@ def token_loss_sums(
     cut = functools.partial(cut_chunks, chunk_length=chunk_length)
     piece = functools.partial(_chunk_sums, head, z_loss)
     if implementation == "reference":
-        sums = _scan_chunks(piece, head_params, cut(hidden), cut(targets), cut(weights))
+        sums = _scan_chunks(piece, gather(head_params), cut(hidden), cut(targets), cut(weights))
     else:
         floats, rest = _split(head_params)
-        sums = _fused(piece, floats, rest, cut(hidden), cut(targets), cut(weights))
+        sums = _fused(piece, gather, floats, rest, cut(hidden), cut(targets), cut(weights))
     return dict(zip(("loss", "nll", "correct"), sums, strict=True))
 
 
 def default_chunk(batch: int, length: int, vocab_size: int) -> int:
-    """As much of each row as keeps a chunk's float32 logits below `_CHUNK_BYTES` on a device."""
+    """As much of each row as keeps a chunk's float32 logits on a device below a fixed size."""
     rows = batch / (sharding.axis_size("data") * sharding.axis_size("fsdp"))
     columns = vocab_size / sharding.axis_size("tensor")
-    fitting = max(1, int(_CHUNK_BYTES / (4 * max(rows, 1) * columns)))
+    size = _CHUNK_BYTES if sharding.platform() == "cpu" else _ACCELERATOR_CHUNK_BYTES
+    fitting = max(1, int(size / (4 * max(rows, 1) * columns)))
     chunks = -(-length // fitting)
     return -(-length // chunks)
 
@@ -172,12 +178,16 @@ class _Rest:
         return jax.tree.unflatten(self.treedef, [next(a) if f else next(b) for f in self.is_float])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(piece: Callable, floats: list, rest: _Rest, hidden: Array, targets: Array, weights: Array) -> tuple:
-    return _scan_chunks(piece, rest.join(floats), hidden, targets, weights)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(
+    piece: Callable, gather: Callable, floats: list, rest: _Rest, hidden: Array, targets: Array, weights: Array
+) -> tuple:
+    return _scan_chunks(piece, gather(rest.join(floats)), hidden, targets, weights)
 
 
-def _fused_forward(piece: Callable, floats: list, rest: Any, hidden: Any, targets: Any, weights: Any) -> tuple:
+def _fused_forward(
+    piece: Callable, gather: Callable, floats: list, rest: Any, hidden: Any, targets: Any, weights: Any
+) -> tuple:
     # With symbolic zeros each leaf says whether anybody asked for its gradient: a frozen head costs none.
     wanted = [leaf.perturbed for leaf in floats]
     values = [leaf.value for leaf in floats]
@@ -186,38 +196,51 @@ def _fused_forward(piece: Callable, floats: list, rest: Any, hidden: Any, target
         for x in (rest, hidden, targets, weights)
     )
 
+    def mix(trained: list, others: list) -> list:
+        trained, others = iter(trained), iter(others)
+        return [next(trained) if w else next(others) for w in wanted]
+
+    def whole(trained: list) -> tuple[list, tuple]:
+        found, found_rest = _split(gather(rest.join(mix(trained, frozen))))
+        return [x for x, w in zip(found, wanted, strict=True) if w], (_unwanted(found, wanted), found_rest)
+
+    frozen = _unwanted(values, wanted)
+    asked = [v for v, w in zip(values, wanted, strict=True) if w]
+    trained, scatter, (frozen, rest) = jax.vjp(whole, asked, has_aux=True)
+
     def body(carry: tuple, chunk: tuple) -> tuple:
-        sums, dwanted = carry
+        sums, dtrained = carry
         chunk_hidden, chunk_targets, chunk_weights = chunk
 
         def loss(trained: list, h: Array) -> tuple:
-            trained = iter(trained)
-            leaves = [next(trained) if w else v for w, v in zip(wanted, values, strict=True)]
-            total, nll, correct = piece(rest.join(leaves), h, chunk_targets, chunk_weights)
+            total, nll, correct = piece(rest.join(mix(trained, frozen)), h, chunk_targets, chunk_weights)
             return total, (nll, correct)
 
-        trained = [v for w, v in zip(wanted, values, strict=True) if w]
-        (total, (nll, correct)), (dtrained, dhidden) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        (total, (nll, correct)), (more, dhidden) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
             trained, chunk_hidden
         )
         sums = jax.tree.map(jnp.add, sums, (total, nll, correct))
-        dwanted = [d + g.astype(d.dtype) for d, g in zip(dwanted, dtrained, strict=True)]
-        return (sums, dwanted), dhidden
+        return (sums, [d + g.astype(d.dtype) for d, g in zip(dtrained, more, strict=True)]), dhidden
 
     zero = jnp.zeros((), jnp.float32)
-    start = [
-        jnp.zeros(v.shape, jnp.promote_types(v.dtype, jnp.float32)) for w, v in zip(wanted, values, strict=True) if w
-    ]
+    start = [jnp.zeros(v.shape, jnp.promote_types(v.dtype, jnp.float32)) for v in trained]
     chunks = (hidden, targets, weights)
     if hidden.shape[0] == 1:
-        (sums, dwanted), dhidden = body(((zero, zero, zero), start), jax.tree.map(lambda x: x[0], chunks))
+        (sums, dtrained), dhidden = body(((zero, zero, zero), start), jax.tree.map(lambda x: x[0], chunks))
         dhidden = dhidden[None]
     else:
-        (sums, dwanted), dhidden = jax.lax.scan(body, ((zero, zero, zero), start), chunks)
-    grads = iter(dwanted)
-    dfloats = [next(grads).astype(v.dtype) if w else None for w, v in zip(wanted, values, strict=True)]
+        (sums, dtrained), dhidden = jax.lax.scan(body, ((zero, zero, zero), start), chunks)
+    (dtrained,) = scatter([d.astype(v.dtype) for d, v in zip(dtrained, trained, strict=True)])
+    # The trunk's backward pass waits until the head's gradient is sharded; else it would be kept whole all the while.
+    dtrained, dhidden = jax.lax.optimization_barrier((dtrained, dhidden))
+    grads = iter(dtrained)
+    dfloats = [next(grads) if w else None for w in wanted]
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
     return sums, (dfloats, _Shapes(tuple(shapes)), dhidden)
+
+
+def _unwanted(leaves: list, wanted: list[bool]) -> list:
+    return [x for x, w in zip(leaves, wanted, strict=True) if not w]
 
 
 @jax.tree_util.register_static
@@ -226,7 +249,7 @@ class _Shapes:
     shapes: tuple
 
 
-def _fused_backward(piece: Callable, residuals: tuple, grads: tuple) -> tuple:
+def _fused_backward(piece: Callable, gather: Callable, residuals: tuple, grads: tuple) -> tuple:
     dfloats, shapes, dhidden = residuals
     scale = grads[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):

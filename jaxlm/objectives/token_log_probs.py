@@ -51,8 +51,8 @@ def model_log_probs(
     """Each target's log-probability under a model, for batches whose arrays are `[*rows, length]`.
 
     All rows (pairs, groups) go through the model together. `model` is a `Decoder` (anything with `embed`, `trunk`,
-    `head`, `head_params` and `config.vocab_size`). Values at padding mean nothing. Run it once over a data set with
-    the reference's parameters to store `reference_log_probs` beside the batches' other arrays.
+    `head`, `head_params`, `gather_head` and `config.vocab_size`). Values at padding mean nothing. Run it once over a
+    data set with the reference's parameters to store `reference_log_probs` beside the batches' other arrays.
     """
     rows = batch["inputs"].shape[:-1]
     inputs, targets, positions, segment_ids = (
@@ -63,7 +63,7 @@ def model_log_probs(
     hidden = model.trunk(params, hidden, positions=positions, segment_ids=segment_ids).hidden
     found = token_log_probs(
         model.head,
-        model.head_params(params),
+        model.gather_head(model.head_params(params)),
         hidden,
         targets,
         vocab_size=model.config.vocab_size,

@@ -60,9 +60,9 @@ def score_tokens(
 ) -> list[TokenScores]:
     """Scores the last `counts[i]` tokens of each sequence given what precedes them; by default all but the first.
 
-    `model` is a `Decoder` (anything hashable with `embed`, `trunk`, `head`, `head_params` and `config`). At most
-    `max_length` tokens (by default the model's) go in at once: what is too far left is cut off. Results are in the
-    order of `sequences`, and do not depend on what else is scored, nor on `batch_size` beyond rounding. Sequences
+    `model` is a `Decoder` (anything hashable with `embed`, `trunk`, `head`, `head_params`, `gather_head` and `config`).
+    At most `max_length` tokens (by default the model's) go in at once: what is too far left is cut off. Results are in
+    the order of `sequences`, and do not depend on what else is scored, nor on `batch_size` beyond rounding. Sequences
     that differ only in their last token, the one to be scored, share a row. Of rows so long that `batch_size` of them
     have more than 16,384 tokens, fewer go in at once. Under `use_mesh` rows are divided among devices, and their
     number is rounded up to a multiple of the devices'.
@@ -248,7 +248,7 @@ def _score(
     chunk_length = default_chunk(batch, width, model.config.vocab_size)
     pad = -width % chunk_length
     hidden, padded = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))), jnp.pad(targets, ((0, 0), (0, pad)))
-    piece = functools.partial(_chunk_scores, model.head, model.head_params(params))
+    piece = functools.partial(_chunk_scores, model.head, model.gather_head(model.head_params(params)))
     found = jax.lax.map(
         lambda chunk: piece(*chunk), (cut_chunks(hidden, chunk_length), cut_chunks(padded, chunk_length))
     )

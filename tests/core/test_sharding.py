@@ -90,3 +90,21 @@ def test_state_lies_like_its_parameter_along_the_axes_that_they_share():
     assert found["image"]["w"] == PartitionSpec(None, None, "tensor")
     assert found["basis"]["w"] == PartitionSpec(None, "fsdp", None)
     assert found["norms"]["w"] == found["count"] == no
+
+
+def test_gathered_weights_have_gradients_that_lie_as_they_are_stored():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
+    w = np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32)
+
+    def grad(w, x):
+        def loss(w):
+            return jnp.sum(jnp.square(x @ sharding.gather(w, ("embed", None), (None, None)).T))
+
+        return jax.grad(loss)(w)
+
+    with sharding.use_mesh(mesh):
+        stored = NamedSharding(mesh, PartitionSpec("fsdp", None))
+        got = jax.jit(grad)(jax.device_put(w, stored), jax.device_put(x, stored))
+    assert got.sharding.is_equivalent_to(stored, 2)
+    np.testing.assert_allclose(got, 2 * (x @ w.T).T @ x, rtol=1e-5)

@@ -1,7 +1,6 @@
 """Every preset of the main job is built and traced on a mesh of its own shape, nothing allocated."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,9 +17,7 @@ def test_preset_traces(name):
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=8))
     devices = jax.devices() if -1 not in [getattr(config.mesh, a) for a in MESH_AXES] else jax.devices()[:1]
     program = pretrain.make_program(config, devices)
-    shape = (config.batch_size, config.data.sequence_length)
-    ints = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32)
-    batch = {k: jax.ShapeDtypeStruct(shape, d) for k, d in (ints | {"loss_weights": jnp.float32}).items()}
+    batch = pretrain.abstract_batch(config, program.mesh)
     state, metrics = program.step.trace(program.abstract_state, None, batch).out_info
     assert metrics["loss"][0].shape == ()
     before, after = jax.tree.leaves(program.abstract_state), jax.tree.leaves(state)

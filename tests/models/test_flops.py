@@ -4,7 +4,12 @@ import pytest
 
 from jaxlm.core import trees
 from jaxlm.models import Decoder
-from jaxlm.models.flops import forward_flops_per_token
+from jaxlm.models.flops import (
+    decode_flops_per_token,
+    executed_flops_per_token,
+    forward_flops_per_token,
+    train_flops_per_token,
+)
 from jaxlm.models.presets import preset
 from jaxlm.testing import tiny_config
 
@@ -39,3 +44,22 @@ def test_agrees_with_the_compiler_on_one_layer():
     counted = lowered.compile().cost_analysis()["flops"] / 64
     masked = 2 * 2 * config.num_heads * config.head_size * (64 - 65 / 2)
     assert counted == pytest.approx(forward_flops_per_token(config, 64) + masked, rel=0.05)
+
+
+def test_what_is_computed_again():
+    config = tiny_config("llama")
+    forward, train = forward_flops_per_token(config, 8), train_flops_per_token(config, 8)
+    head = 2 * config.embed_dim * config.vocab_size
+    remats = ("none", "dots", "projections", "full")
+    again = {remat: executed_flops_per_token(config, 8, remat) - train for remat in remats}
+    assert again["none"] == 0
+    assert again["full"] == pytest.approx(forward - head)
+    assert again["dots"] == 2 * config.num_layers * config.num_heads * config.head_size * config.embed_dim
+    assert again["dots"] < again["projections"] < again["full"]
+
+
+def test_decoding_counts_one_token_against_the_cache():
+    config = tiny_config("llama")
+    per_key = 4 * config.num_layers * config.num_heads * config.head_size
+    assert decode_flops_per_token(config, 1) == forward_flops_per_token(config, 1)
+    assert decode_flops_per_token(config, 100) - decode_flops_per_token(config, 1) == 99 * per_key
