@@ -15,7 +15,7 @@ pytestmark = [
 
 
 def test_perplexity_and_bytes():
-    rows = quantized_matmul.measure_perplexities(quantized_matmul.Config(rows=2))
+    rows = quantized_matmul.measure_perplexities(quantized_matmul.Config())
     change = {row["format"]: row["change"] for row in rows}
     assert abs(change["int8"]) < 0.01
     # The file's own format, so this is exact but for rounding; finer blocks are better than coarse ones.
