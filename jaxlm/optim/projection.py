@@ -5,7 +5,8 @@ side, `columns` `(leading..., out, rank)` on its output side, or both. Its image
 `G columns` `(in, rank)`, or `rows^T G columns`. Where both sides are equally long the input side is projected.
 
 A basis is replaced when the caller's `step` is a multiple of the period, for all leaves under one `lax.cond`.
-Before that it is the first `rank` unit vectors, so that a run that starts between two refreshes trains too.
+Before that it is the first `rank` unit vectors, so that a run that starts between two refreshes trains too. A
+training step that is skipped, its gradient not being finite, leaves the basis as it was until the next refresh.
 """
 
 import dataclasses

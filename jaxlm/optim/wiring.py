@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -150,7 +151,7 @@ def check_positive(name: str, value: Any) -> None:
 
 def check_count(name: str, value: Any) -> None:
     """For ranks, periods and other numbers that shape the program: plain whole numbers from 1."""
-    if isinstance(value, (bool, jax.Array)) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ConfigError(
             f"{name} is {value!r}, expected a whole number that is fixed while tracing "
             f"(under optax.inject_hyperparams name it in static_args)"
