@@ -14,14 +14,27 @@ KERNEL_CHIPS = ("v5e", "v5p", "v6e")
 """Every kernel and table of tiles is compiled for these."""
 
 
+# Read when the library is loaded: there is no metadata server to ask, and other processes may load it too.
+for _name, _value in {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+
+@functools.cache
+def devices(chip: str) -> list[jax.Device]:
+    """The four chips of a small topology. Fails without `libtpu`: no silent skips."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
+
+
 @functools.cache
 def mesh(chip: str, shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("all",)) -> Mesh:
-    """A mesh of some of the four chips of a small topology. Fails without `libtpu`: no silent skips."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
+    """A mesh of some of these."""
     types = (jax.sharding.AxisType.Auto,) * len(names)
-    return Mesh(np.array(devices[: int(np.prod(shape))]).reshape(shape), names, axis_types=types)
+    return Mesh(np.array(devices(chip)[: int(np.prod(shape))]).reshape(shape), names, axis_types=types)
 
 
 def compile_for(on: Mesh, function, *args, specs=None):
