@@ -8,19 +8,21 @@
 """
 
 from pallas_kernels.attention.api import IMPLEMENTATIONS, combine, flash_attention, flash_decode
-from pallas_kernels.attention.dispatch import why_not
 from pallas_kernels.attention.errors import AttentionError, UnsupportedError
+from pallas_kernels.attention.gpu_tables import GpuTiles
 from pallas_kernels.attention.sharded import flash_attention_sharded
+from pallas_kernels.attention.tiles import Tiles
 from pallas_kernels.attention.vjp import CHECKPOINT_NAMES
 
 __all__ = [
     "CHECKPOINT_NAMES",
     "IMPLEMENTATIONS",
     "AttentionError",
+    "GpuTiles",
+    "Tiles",
     "UnsupportedError",
     "combine",
     "flash_attention",
     "flash_attention_sharded",
     "flash_decode",
-    "why_not",
 ]

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import blocked, dispatch, reference, tpu, tpu_decode, vjp
+from pallas_kernels.attention import blocked, dispatch, reference, vjp
 from pallas_kernels.attention.errors import AttentionError
+from pallas_kernels.attention.gpu_tables import GpuTiles
 from pallas_kernels.attention.problem import (
     Operands,
     Structure,
@@ -37,7 +38,7 @@ def flash_attention(
     return_lse: bool = False,
     implementation: str = "auto",
     interpret: bool = False,
-    tiles: Tiles | None = None,
+    tiles: Tiles | GpuTiles | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`softmax(softcap(scale * q k^T) + bias) v`; float32 softmax and sums, the result in `q`'s dtype.
 
@@ -151,6 +152,8 @@ def flash_decode(
     name = dispatch.choose(implementation, request, DECODE_IMPLEMENTATIONS)
     lengths, starts = jnp.minimum(lengths, capacity).astype(jnp.int32), starts.astype(jnp.int32)
     if name == "tpu":
+        from pallas_kernels.attention import tpu_decode
+
         out, lse = tpu_decode.attention(structure, grouped, k, v, lengths, starts, block, interpret)
     else:
         slots = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
@@ -185,11 +188,14 @@ def combine(outs: list[jax.Array], lses: list[jax.Array]) -> tuple[jax.Array, ja
     return out.astype(outs[0].dtype), jnp.where(empty, -jnp.inf, top + jnp.log(safe))[0]
 
 
-def _passes(name: str, tiles: Tiles | None, interpret: bool) -> vjp.Passes:
+def _passes(name: str, tiles: Tiles | GpuTiles | None, interpret: bool) -> vjp.Passes:
     if name == "blocked":
         return blocked.PASSES
+    # Pallas is imported by who uses it: it takes a while, and its part for GPUs exists on Linux alone.
     if name == "tpu":
+        from pallas_kernels.attention import tpu
+
         return tpu.passes(tiles, interpret)
-    from pallas_kernels.attention import gpu  # its part of Pallas exists on Linux alone
+    from pallas_kernels.attention import gpu
 
     return gpu.passes(tiles, interpret)

@@ -106,8 +106,9 @@ def why_not(name: str, request: Request) -> str | None:
         return "there is no decoding kernel for GPUs: a few queries are bound by reading the cache, which XLA does well"
     if not request.interpret and not request.device.hopper:
         return f"its kernels are for Hopper (H100, H200), and the device is '{request.device.kind}'"
-    # The interpreter multiplies in any format; the chip's units in 16 bits.
-    return None if request.interpret else _wrong_dtype(dtype, jnp.bfloat16, jnp.float16)
+    if request.interpret:  # it multiplies in any format, the chip's units in 16 bits
+        return None
+    return _wrong_dtype(dtype, jnp.bfloat16, jnp.float16) or _why_not_cuda()
 
 
 def choose(implementation: str, request: Request, options: tuple[str, ...]) -> str:
@@ -148,6 +149,17 @@ def _platform(name: str) -> str:
 def _wrong_dtype(dtype, *expected) -> str | None:
     names = [jnp.dtype(d).name for d in expected]
     return None if dtype in expected else f"dtype is {jnp.dtype(dtype).name}, expected {' or '.join(names)}"
+
+
+def _why_not_cuda() -> str | None:
+    # jax's own Hopper attention refuses these versions: their assembler miscompiles causal masks.
+    try:
+        from jax._src.lib import cuda_versions
+    except ImportError:
+        return None
+    if cuda_versions is not None and 12080 <= cuda_versions.cuda_runtime_get_version() < 12091:
+        return "CUDA 12.8.0 to 12.9.0 miscompiles its kernels: use 12.9.1 or newer"
+    return None
 
 
 def _why_not_cudnn(request: Request) -> str | None:

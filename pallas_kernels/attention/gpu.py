@@ -229,7 +229,8 @@ def _tile(facts, kernel, bounds_ref, gmem, own, ring, results, own_ready, ring_r
     @pl.when(wg < facts.groups)
     def _():
         if not isinstance(facts.registers, Interpreted):
-            plgpu.set_max_registers(240 if facts.groups == 1 else 232, action="increase")
+            # What the fetching group leaves of the 512 that three or fewer groups share, in steps of 8.
+            plgpu.set_max_registers(min(256, (512 - 40) // facts.groups // 8 * 8), action="increase")
         start = place.tile * facts.tile + wg * facts.rows
         for name, smem in own.items():
             plgpu.copy_gmem_to_smem(gmem_at(name, start, facts.rows, 0), smem.at[wg], own_ready.at[wg])

@@ -74,6 +74,7 @@ def test_tables_stay_below_the_vector_memory(row):
     assert max(needed.values()) <= tiles.TPU_VMEM_BYTES, needed
 
 
+@pytest.mark.slow
 def test_tiles_that_need_more_are_refused_by_arithmetic_and_compiler():
     huge = tiles.Tiles(1024, 4096, 512, 512)
     assert tiles.tpu_vmem_bytes(huge, 128, 2)["forward"] > tiles.TPU_VMEM_BYTES
