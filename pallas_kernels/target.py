@@ -1,14 +1,18 @@
 """The device that a program is traced for, what its chip can do, and why a kernel was not used."""
 
 import dataclasses
+import logging
+import math
 import os
-import sys
+import re
 from typing import Any
 
 import jax
 
 DEBUG = "PALLAS_KERNELS_DEBUG"
-"""Environment variable: set to `1`, every call says on the error stream, while traced, what it chose and why."""
+"""Environment variable: set to `1`, every call logs, while traced, what it chose and why."""
+
+logger = logging.getLogger("pallas_kernels")
 
 
 class KernelError(ValueError):
@@ -17,16 +21,24 @@ class KernelError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """`platform` is `cpu`, `gpu` or `tpu`; `kind` the maker's name of the device; `devices` the size of the mesh."""
+    """What is compiled for: `platform` is `cpu`, `gpu` or `tpu`, `kind` the maker's name of the device.
+
+    `devices`: over how many of them XLA may cut arrays here; inside `jax.shard_map` each is alone.
+    """
 
     platform: str
-    kind: str
-    devices: int
+    kind: str = ""
+    devices: int = 1
 
     @property
     def chip(self) -> "Chip | None":
         """What is known of a TPU; `None` for other platforms and unknown kinds."""
         return CHIPS.get(KINDS.get(self.kind, ""))
+
+    @property
+    def hopper(self) -> bool:
+        """Whether it is an NVIDIA GPU of that generation."""
+        return self.platform == "gpu" and re.search(r"\bG?H(20|100|200|800)\b", self.kind) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,31 +71,32 @@ KINDS = {
 
 
 def current(*arrays: Any) -> Target:
-    """The target of the ambient mesh (`jax.set_mesh`); without one that of the arrays, else the default device's.
+    """The target of the ambient mesh (`jax.set_mesh`); without one that of the mesh or devices that the arrays lie on,
+    else the default device's.
 
-    A mesh of devices that are not here (compiling ahead of time) counts like any other. Inside `jax.shard_map` every
-    device computes on its own, so `devices` is 1 there.
+    A mesh of devices that are not here (compiling ahead of time) counts like any other.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and getattr(mesh, "abstract_device", None) is not None:
-        device = mesh.abstract_device
-        local = all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
-        return Target(_platform(device.platform), device.device_kind, 1 if local else mesh.size)
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None) for x in arrays]
+    for mesh in meshes:
+        device = getattr(mesh, "abstract_device", None)
+        if device is not None and not mesh.empty:
+            free = math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
+            return Target(_platform(device.platform), device.device_kind, free)
     for array in arrays:
         if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
-            devices = array.devices()
-            device = next(iter(devices))
-            return Target(_platform(device.platform), device.device_kind, len(devices))
-    device = jax.config.jax_default_device or jax.devices()[0]
-    if isinstance(device, str):
-        device = jax.devices(device)[0]
-    return Target(_platform(device.platform), device.device_kind, 1)
+            devices = list(array.devices())
+            return Target(_platform(devices[0].platform), devices[0].device_kind, len(devices))
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return Target(_platform(device.platform), device.device_kind)
 
 
 def explain(message: str) -> None:
-    """Says `message` if debugging is on."""
+    """Logs `message` if debugging is on."""
     if os.environ.get(DEBUG, "0") not in ("", "0"):
-        print(f"pallas_kernels: {message}", file=sys.stderr)
+        logger.warning(message)
 
 
 def _platform(name: str) -> str:

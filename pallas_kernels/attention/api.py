@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import target
 from pallas_kernels.attention import blocked, dispatch, reference, vjp
 from pallas_kernels.attention.errors import AttentionError
 from pallas_kernels.attention.gpu_tables import GpuTiles
@@ -76,7 +77,7 @@ def flash_attention(
     structure = Structure(causal, window, offset, softcap, scale, empty_rows)
     operands = Operands(*heads_first(q, k, v), key_bias(bias, k, wide), q_segments, kv_segments)
     request = dispatch.Request(
-        device=dispatch.device_of(q, k, v),
+        target=target.current(q, k, v),
         structure=structure,
         shape=(*operands.q.shape[:4], keys, head_dim),
         dtype=q.dtype,
@@ -141,7 +142,7 @@ def flash_decode(
     structure = Structure(True, window, offset, softcap, scale, True)
     grouped = jnp.moveaxis(q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim), 1, 3)
     request = dispatch.Request(
-        device=dispatch.device_of(q, k, v),
+        target=target.current(q, k, v),
         structure=structure,
         shape=(*grouped.shape[:4], capacity, head_dim),
         dtype=q.dtype,

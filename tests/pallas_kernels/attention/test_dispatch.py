@@ -11,16 +11,17 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention import AttentionError, UnsupportedError, flash_attention, flash_attention_sharded
-from pallas_kernels.attention.dispatch import Device, Request, choose, device_of
+from pallas_kernels.attention.dispatch import Request, choose
 from pallas_kernels.attention.problem import Structure
 from pallas_kernels.attention.tiles import Tiles
+from pallas_kernels.target import Target, current
 
 OPTIONS = ("reference", "blocked", "tpu", "gpu", "cudnn")
 
 
 def request(platform="tpu", kind="TPU v5 lite", parts=1, length=512, head_dim=128, dtype=jnp.bfloat16, **more):
     shape = (2, 2, 2, length, length, head_dim)
-    return Request(Device(platform, kind, parts), Structure(), shape, jnp.dtype(dtype), **more)
+    return Request(Target(platform, kind, parts), Structure(), shape, jnp.dtype(dtype), **more)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_the_platform_is_that_of_the_mesh():
     seen = []
 
     def look(x):
-        seen.append(device_of(x))
+        seen.append(current(x))
         return x
 
     jax.jit(look)(x)

@@ -140,11 +140,11 @@ def test_odd_counts_do_not_pack():
         pack(np.zeros((63, 2)), 4, 63)
 
 
-def test_debugging_says_why_no_kernel_was_used(monkeypatch, capsys):
+def test_debugging_says_why_no_kernel_was_used(monkeypatch, caplog):
     w, _ = make(0, 4, (64, 16), 32)
     monkeypatch.setenv("PALLAS_KERNELS_DEBUG", "1")
     quantized_matmul(jnp.ones((3, 64)), **w)
-    assert "(3, 64) x (64, 16), 4 bits: reference, because of platform cpu" in capsys.readouterr().err
+    assert "(3, 64) x (64, 16), 4 bits: reference, because of platform cpu" in caplog.text
 
 
 MESH = ((2, 2), ("rows", "tensor"))
