@@ -320,7 +320,7 @@ def _print(facts: dict[str, Any]) -> None:
         ]
         rows += [("peak, by the compiler", _gb(facts["peak_bytes"]))] if facts["peak_bytes"] else []
     table("Memory a chip", [*rows, ("the chip has", _gb(facts["chip_bytes"]))])
-    if facts["total_bytes"] is None:
+    if facts["total_bytes"] is None or facts["roofline_seconds"] is None:
         return
     times = facts["roofline_seconds"]
     rows = [
@@ -345,7 +345,7 @@ def _print(facts: dict[str, Any]) -> None:
 def _print_ranking(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["fits"]:
-            speed = f"{_ms(row['seconds'])}, MFU {100 * row['mfu']:.0f} %"
+            speed = f"{_ms(row['seconds'])}, MFU {100 * row['mfu']:.0f} %" if row["seconds"] else "time unknown"
             print(f"fits: {row['options']}: {_gb(row['total_bytes'])}, {speed}")
         else:
             needed = _gb(row["needed_bytes"]) if row.get("needed_bytes") else row.get("error", "too much")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -54,7 +55,8 @@ class Times:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A program on a topology. `memory`, `costs` and `times` are `None` when the compiler refused it."""
+    """A program on a topology. `memory`, `costs` and `times` are `None` when the compiler refused it, the last
+    two also where the installed libtpu is too new for jax to read its programs."""
 
     topology: str
     chip: Chip
@@ -122,7 +124,13 @@ def make_plan(
         sizes.alias_size_in_bytes,
         getattr(sizes, "peak_memory_in_bytes", 0) or None,
     )
-    costs = hlo.analyze(compiled.as_text())
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        # A newer libtpu has instructions that this jaxlib cannot read: what they cost stays unknown.
+        warnings.warn(f"the compiled program cannot be read: {str(error).splitlines()[0]} (jax[tpu] installs the libtpu that fits)", stacklevel=2)
+        return Plan(**known, compile_seconds=seconds, memory=memory)
+    costs = hlo.analyze(text)
     times = estimate(topology.chip, executed_flops / chips, costs)
     return Plan(**known, compile_seconds=seconds, memory=memory, costs=costs, times=times)
 

@@ -51,7 +51,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
 }
 
 INSTALL_LIBTPU = (
-    "planning for TPUs needs libtpu, which compiles on any Linux machine: pip install libtpu (or '.[test]')"
+    "planning for TPUs needs libtpu, which compiles on any Linux machine: pip install '.[tpu]'"
 )
 INSTALL_CUDA = (
     "planning for GPUs needs jax's CUDA plug-in, in an environment of its own beside a CPU jax of the same version: "

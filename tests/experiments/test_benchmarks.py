@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from experiments.benchmarks import __main__ as everything
 from experiments.benchmarks import attention, cross_entropy, decode, harness, quantized_matmul, train_step
 from experiments.benchmarks.llama import Size
+from jaxlm.core.errors import ConfigError
 
 TINY = Size(vocab_size=64, layers=2, embed_dim=16, heads=2, mlp_dim=32)
 
@@ -61,3 +63,16 @@ def test_attention_measures_every_implementation_of_this_platform(tmp_path):
         if row["work"] == "forward" and "error" not in row:
             assert row["tflops"] * 1e12 * row["seconds"] == pytest.approx(4 * 64 * 4 * 256 * 257 / 2)
     assert json.loads(out.read_text())["device"]["matmul_tflops"] > 0
+
+
+def test_all_of_them_go_into_one_file(tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(everything.BENCHMARKS, "cross_entropy", ("--tokens", "16", "--embed", "8", "--vocab", "64"))
+    monkeypatch.setitem(everything.BENCHMARKS, "decode", ("--no_such_option",))
+    out = tmp_path / "figures.json"
+    everything.run(everything.Config(only=("cross_entropy", "decode"), out=out))
+    found = json.loads(out.read_text())
+    assert found["platform"] == "cpu"
+    assert found["benchmarks"]["cross_entropy"]["rows"][0]["implementation"] == "reference"
+    assert found["benchmarks"]["decode"]["error"] == "exit code 2"
+    with pytest.raises(ConfigError, match="no benchmark 'atention': did you mean 'attention'"):
+        everything.Config(only=("atention",))

@@ -42,7 +42,7 @@ def test_what_does_not_exist_is_refused_with_what_comes_nearest(name, message):
         parse_topology(name)
 
 
-@pytest.mark.parametrize(("name", "install"), [("v5e:2x2", "pip install libtpu"), ("h200", r"pip install '.\[cuda\]'")])
+@pytest.mark.parametrize(("name", "install"), [("v5e:2x2", r"install '.\[tpu\]'"), ("h200", r"install '.\[cuda\]'")])
 def test_a_missing_compiler_says_how_to_install_it(name, install, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=install):
