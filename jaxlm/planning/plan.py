@@ -128,7 +128,8 @@ def make_plan(
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         # A newer libtpu has instructions that this jaxlib cannot read: what they cost stays unknown.
-        warnings.warn(f"the compiled program cannot be read: {str(error).splitlines()[0]} (jax[tpu] installs the libtpu that fits)", stacklevel=2)
+        said = str(error).splitlines()[0]
+        warnings.warn(f"jax cannot read this libtpu's program (jax[tpu] has the one that fits): {said}", stacklevel=2)
         return Plan(**known, compile_seconds=seconds, memory=memory)
     costs = hlo.analyze(text)
     times = estimate(topology.chip, executed_flops / chips, costs)
