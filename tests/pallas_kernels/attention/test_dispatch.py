@@ -89,7 +89,7 @@ def test_the_platform_is_that_of_the_mesh():
     with jax.set_mesh(mesh):
         jax.jit(look)(x)
         jax.jit(jax.shard_map(look, in_specs=P("data"), out_specs=P("data")))(x)
-    assert [(d.platform, d.parts) for d in seen] == [("cpu", 1), ("cpu", 8), ("cpu", 1)]
+    assert [(d.platform, d.devices) for d in seen] == [("cpu", 1), ("cpu", 8), ("cpu", 1)]
 
 
 @pytest.mark.parametrize("implementation", ["blocked", "tpu"])
