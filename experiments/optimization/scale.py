@@ -10,9 +10,9 @@ head, whose gradient varies most from batch to batch, has momentum. Optimizer st
 Arms share model, data and steps. Each is tuned over four learning rates of its own (and more where the best lies at an
 edge) with one seed, and judged with other seeds on other text.
 
-Expect of `small` (two x86 cores, jax 0.10.2, 2026-11): held-out loss 3.81 with Adam, 3.74 with SCALE, 5.40 with SGD, 4.02
-with normalized columns and 3.87 with normalized rows. Two of the paper's claims do not hold at this size: rows do better
-than columns, and the embedding's gradient varies as much as the head's (0.127 and 0.124).
+Expect of `small` (two x86 cores, jax 0.10.2, 2026-11): held-out loss 3.81 with Adam, 3.74 with SCALE, 5.40 with SGD,
+4.02 with normalized columns and 3.87 with normalized rows. Two of the paper's claims do not hold at this size: rows do
+better than columns, and the embedding's gradient varies as much as the head's (0.127 and 0.124).
 """
 
 import dataclasses
