@@ -51,8 +51,11 @@ class Config:
     out: Path | None = None
     """Where the plan goes, as JSON."""
 
-
     def __post_init__(self):
+        for name in ("batch_size", "micro_batches", "length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, expected at least 1")
         if self.search < 0:
             raise ConfigError(f"search is {self.search}, expected 0 or more")
         given = [name for name in ("mesh", "remat", "micro_batches") if getattr(self, name)]

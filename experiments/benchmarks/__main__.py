@@ -4,7 +4,7 @@
     python -m experiments.benchmarks --only train_step decode
 
 Each runs as its own command (`python -m experiments.benchmarks.NAME`), so that one which fails does not take the others
-along: its error is what the file then holds of it. About eight minutes.
+along: its error is what the file then holds of it.
 """
 
 import dataclasses

@@ -16,6 +16,7 @@ better than columns, and the embedding's gradient varies as much as the head's (
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -218,8 +219,6 @@ def _smooth(values: tuple[float, ...], width: int = 10) -> list[float]:
 
 
 def _finite(lines: tuple[Series, ...]) -> tuple[Series, ...]:
-    import math
-
     kept = []
     for line in lines:
         points = [(x, y) for x, y in zip(line.x, line.y) if math.isfinite(y)]

@@ -67,13 +67,12 @@ def scale_by_apollo(
             r = projection.project(g, rows, columns)
             m, v, direction, correction = wiring.adam_direction(mu, nu, r, count, b1, b2, eps)
             axis = projection.sides(g.shape)[0] if scaling == "channel" else (-2, -1)
-            scaled = g.astype(jnp.float32) * (_norm(direction, axis) / (_norm(r, axis) + 1e-8))
+            scaled = g.astype(jnp.float32) * (wiring.norm(direction, axis) / (wiring.norm(r, axis) + 1e-8))
             scaled, norm = limiters.limit(scaled * root if scale_front else scaled, norm, gamma)
             out = correction * (scaled if scale_front else scaled * root)
             return out.astype(g.dtype), m.astype(mu.dtype), v.astype(nu.dtype), norm
 
-        _, leaves, treedef = wiring.zip_leaves(updates, *bases, state.mu, state.nu, state.norms)
-        out, mu, nu, norms = (treedef.unflatten(list(x)) for x in zip(*(one(*leaf) for leaf in leaves), strict=True))
+        out, mu, nu, norms = wiring.map_leaves(one, updates, *bases, state.mu, state.nu, state.norms)
         return out, ApolloState(count, mu, nu, norms)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -177,7 +176,3 @@ def apollo_mini(
         decay=decay,
         clip_norm=clip_norm,
     )
-
-
-def _norm(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
-    return jnp.sqrt(jnp.sum(x * x, axis=axis, keepdims=True))

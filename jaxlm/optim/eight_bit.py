@@ -127,9 +127,7 @@ def scale_by_adam_8bit(
                 new = (quantize_blocks(m, block, signed=True), quantize_blocks(v, block, signed=False))
             return ((correction * direction).astype(g.dtype), *new[0], *new[1])
 
-        _, leaves, treedef = wiring.zip_leaves(updates, *state[1:])
-        columns = zip(*(one(*leaf) for leaf in leaves), strict=True)
-        out, *new = (treedef.unflatten(list(column)) for column in columns)
+        out, *new = wiring.map_leaves(one, updates, *state[1:])
         return out, EightBitState(count, *new)
 
     return optax.GradientTransformation(init, update)

@@ -227,13 +227,12 @@ def scale_by_fira(
             m, v, direction, correction = wiring.adam_direction(mu, nu, r, count, b1, b2, eps)
             seen = (scale if released_residual else 1.0) * projection.back(r, rows, columns)
             rank_axis = projection.sides(g.shape)[0]
-            factor = _norm(direction, rank_axis) / (_norm(r, rank_axis) + 1e-8)
+            factor = wiring.norm(direction, rank_axis) / (wiring.norm(r, rank_axis) + 1e-8)
             residual, norm = limiters.limit((g.astype(jnp.float32) - seen) * factor, norm, gamma)
             out = correction * (scale * projection.back(direction, rows, columns) + residual)
             return out.astype(g.dtype), m.astype(mu.dtype), v.astype(nu.dtype), norm
 
-        _, leaves, treedef = wiring.zip_leaves(updates, *bases, state.mu, state.nu, state.norms)
-        out, mu, nu, norms = (treedef.unflatten(list(x)) for x in zip(*(one(*leaf) for leaf in leaves), strict=True))
+        out, mu, nu, norms = wiring.map_leaves(one, updates, *bases, state.mu, state.nu, state.norms)
         return out, FiraState(count, bases, mu, nu, norms)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -288,7 +287,3 @@ def fira(
         decay=decay,
         clip_norm=clip_norm,
     )
-
-
-def _norm(x: jax.Array, axis: int) -> jax.Array:
-    return jnp.sqrt(jnp.sum(x * x, axis=axis, keepdims=True))

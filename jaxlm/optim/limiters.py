@@ -35,10 +35,13 @@ def limit_norm_growth(gamma: float = 1.01) -> optax.GradientTransformation:
 
     def update(updates: Any, state: NormGrowthState, params: Any = None):
         del params
-        _, leaves, treedef = wiring.zip_leaves(updates, state.norms)
-        limited = [limit(x.astype(jnp.float32), previous, gamma) for x, previous in leaves]
-        out = [y.astype(x.dtype) for (y, _), (x, _) in zip(limited, leaves, strict=True)]
-        return treedef.unflatten(out), NormGrowthState(treedef.unflatten([norm for _, norm in limited]))
+
+        def one(x: Array, previous: Array) -> tuple[Array, Array]:
+            y, norm = limit(x.astype(jnp.float32), previous, gamma)
+            return y.astype(x.dtype), norm
+
+        out, norms = wiring.map_leaves(one, updates, state.norms)
+        return out, NormGrowthState(norms)
 
     return optax.GradientTransformation(init, update)
 

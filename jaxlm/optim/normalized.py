@@ -167,7 +167,7 @@ def scale_by_swan(eps: float = 1e-8) -> optax.GradientTransformation:
         x = x - jnp.mean(x, axis=-2, keepdims=True)
         z = x / jnp.maximum(jnp.sqrt(jnp.mean(x * x, axis=-2, keepdims=True)), eps)
         white = orthogonalize(z, CONVERGENT)
-        return (white * (_norm(z) / jnp.maximum(_norm(white), eps))).astype(g.dtype)
+        return (white * (wiring.norm(z) / jnp.maximum(wiring.norm(white), eps))).astype(g.dtype)
 
     return optax.stateless_with_tree_map(one)
 
@@ -204,7 +204,3 @@ def swan(
         decay=decay,
         clip_norm=clip_norm,
     )
-
-
-def _norm(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxlm.core.errors import ConfigError
@@ -30,7 +29,7 @@ def reset_state_every(inner: optax.GradientTransformation, period: int) -> optax
         if params is None:
             raise ConfigError("reset_state_every needs the parameters: call update(updates, state, params, step=...)")
         again = (step > 0) & (step % period == 0)
-        state = jax.tree.map(lambda new, old: jnp.where(again, new, old), inner.init(params), state)
+        state = jax.lax.cond(again, lambda: inner.init(params), lambda: state)
         return inner.update(updates, state, params, step=step, **extra_args)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -72,7 +72,7 @@ def scale_by_spam(
             m, v, direction, correction = wiring.adam_direction(m, v, x, count, b1, b2, eps)
             return (factor * correction * direction).astype(g.dtype), m.astype(mu.dtype), v.astype(nu.dtype)
 
-        out, mu, nu = _map(one, updates, state.mu, state.nu)
+        out, mu, nu = wiring.map_leaves(one, updates, state.mu, state.nu)
         return out, SpamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -176,7 +176,7 @@ def scale_by_stable_spam(
             return out.astype(g.dtype), m.astype(mu.dtype), v.astype(nu.dtype), largest, norm, squared
 
         rest = (state.mu, state.nu, state.largest, state.norm, state.squared_norm)
-        out, *new = _map(one, updates, own_ndim(updates), *rest)
+        out, *new = wiring.map_leaves(one, updates, own_ndim(updates), *rest)
         return out, StableSpamState(count, total, *new)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -261,8 +261,3 @@ def stable_spam(
 
 def _debias(rate: Any, count: Array) -> Float[Array, ""]:
     return 1.0 - jnp.asarray(rate, jnp.float32) ** count.astype(jnp.float32)
-
-
-def _map(one: Any, tree: Any, *others: Any) -> list[Any]:
-    _, leaves, treedef = wiring.zip_leaves(tree, *others)
-    return [treedef.unflatten(list(x)) for x in zip(*(one(*leaf) for leaf in leaves), strict=True)]

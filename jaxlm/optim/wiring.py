@@ -128,6 +128,17 @@ def zip_leaves(tree: Any, *others: Any) -> tuple[list[str], list[tuple], Any]:
     return [path for path, _ in named], list(zip(leaves, *rest, strict=True)), treedef
 
 
+def map_leaves(one: Callable[..., tuple], tree: Any, *others: Any) -> list[Any]:
+    """The trees of what `one(leaf, *other_leaves) -> tuple` returns, in the structure of `tree` (see `zip_leaves`)."""
+    _, leaves, treedef = zip_leaves(tree, *others)
+    return [treedef.unflatten(list(x)) for x in zip(*(one(*leaf) for leaf in leaves), strict=True)]
+
+
+def norm(x: Array, axis: int | tuple[int, ...] = (-2, -1)) -> Float[Array, "..."]:
+    """Euclidean norms along `axis`, which stays with size 1."""
+    return jnp.sqrt(jnp.sum(x * x, axis=axis, keepdims=True))
+
+
 def require_step(method: str, step: Any) -> Array:
     if step is None:
         raise ConfigError(f"{method} follows the step: call update(..., step=...)")

@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,7 +108,7 @@ class Population:
 
         Raises:
           ConfigError: no members, two of one name, or members with different `hparams`.
-          DataError: `folder` holds a member of the same name, but with other settings.
+          DataError: `folder` holds a member of the same name with other settings, or a damaged file.
         """
         _check(members)
         found: dict[str, Outcome | None] = {}
@@ -224,8 +225,16 @@ def _load(folder: Path, member: Member, num_steps: int, abstract: Any) -> Outcom
         raise DataError(f"{path} is of a run with other settings: { ({n: kept.get(n) for n in about}) }, here {about}")
     params = None
     if abstract is not None:
-        flat = np.load(path.with_suffix(".npz"), allow_pickle=False)
-        params = trees.map_named(lambda name, _: jnp.asarray(flat[name]), abstract)
+        params = _load_params(path.with_suffix(".npz"), abstract)
     history = {name: np.array(x, np.float32) for name, x in kept["history"].items()}
     results = {name: number(x) for name, x in kept["results"].items()}
     return Outcome(member, history, results, kept["seconds"], params)
+
+
+def _load_params(path: Path, abstract: Any) -> Any:
+    try:
+        with np.load(path, allow_pickle=False) as flat:
+            # NumPy's files know bfloat16 only as two bytes.
+            return trees.map_named(lambda name, leaf: jnp.asarray(flat[name].view(leaf.dtype)), abstract)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read ({error}): delete it, and its member is trained again") from error

@@ -109,6 +109,7 @@ def test_decode_and_json(tmp_path, least_effort):
         ({"topology": "v5e:15x16"}, "does not exist; the nearest are"),
         ({"mesh": "fsdb=4"}, "no axis 'fsdb': did you mean 'fsdp'"),
         ({"mesh": "fsdp"}, "is not an axis and its size"),
+        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
         ({"remat": "some"}, "model.remat is 'some'"),
         ({"search": 2, "remat": "full"}, "leave out --remat"),
         ({"search": 2, "step": "decode"}, "it has none for decoding"),

@@ -1,4 +1,4 @@
-"""What is compiled for accelerators, run here: attention in loops, its own remat policy, no flattened products."""
+"""What is compiled for accelerators, run here: its own remat policy, no flattened products."""
 
 import dataclasses
 

@@ -88,6 +88,21 @@ def test_a_study_goes_on_with_the_members_that_are_missing(looped, tmp_path):
         POPULATION.train([MEMBERS[0]._replace(seed=3)], folder=tmp_path)
 
 
+def test_kept_parameters_come_back_in_their_own_format_or_with_a_named_error(tmp_path):
+    def narrow(key, hparams):
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), MODEL.init(key)["params"])
+        return init_state(params, TX, key, hparams=hparams)
+
+    population = dataclasses.replace(POPULATION, init=narrow, evaluate=None)
+    (kept,) = population.train(MEMBERS[:1], keep_params=True, folder=tmp_path)
+    (again,) = population.train(MEMBERS[:1], keep_params=True, folder=tmp_path)
+    chex.assert_trees_all_equal(again.params, kept.params)
+    chex.assert_trees_all_equal_dtypes(again.params, kept.params)
+    (tmp_path / "slow.npz").write_bytes((tmp_path / "slow.npz").read_bytes()[:-100])
+    with pytest.raises(DataError, match="slow.npz cannot be read"):
+        population.train(MEMBERS[:1], keep_params=True, folder=tmp_path)
+
+
 def test_a_member_that_diverges_says_so(tmp_path):
     (outcome,) = POPULATION.train([Member("wild", 0, {"learning_rate": 1e30})], folder=tmp_path)
     assert not np.isfinite(outcome.results["loss"])
