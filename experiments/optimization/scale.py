@@ -4,7 +4,7 @@ Glentis, Li, Han and Hong, "A Minimalist Optimizer Design for LLM Pretraining", 
 SGD match Adam in pretraining: every gradient matrix is normalized by columns (output units), and the language-model
 head, whose gradient varies most from batch to batch, has momentum. Optimizer state: the head's momentum.
 
-    python -m experiments.optimization.scale                        # small: 8 minutes on two CPU cores
+    python -m experiments.optimization.scale                        # small: 7 minutes on two CPU cores
     python -m experiments.optimization.scale --preset ablation      # all normalizations and uses of momentum
 
 Arms share model, data and steps. Each is tuned over four learning rates of its own (and more where the best lies at an
