@@ -2,5 +2,27 @@
 
 from jaxlm.compression.memory import MemoryReport, memory_report
 from jaxlm.compression.quantize import QuantizeConfig, quantize, quantize_matrix
+from jaxlm.compression.sparsity import (
+    add_group_scales,
+    apply_masks,
+    fold_and_prune,
+    magnitude_masks,
+    masked_decay,
+    straight_through,
+    wanda_masks,
+)
 
-__all__ = ["MemoryReport", "QuantizeConfig", "memory_report", "quantize", "quantize_matrix"]
+__all__ = [
+    "MemoryReport",
+    "QuantizeConfig",
+    "add_group_scales",
+    "apply_masks",
+    "fold_and_prune",
+    "magnitude_masks",
+    "masked_decay",
+    "memory_report",
+    "quantize",
+    "quantize_matrix",
+    "straight_through",
+    "wanda_masks",
+]

@@ -4,6 +4,7 @@ What each parameter is for is read by `jaxlm.optim.roles`.
 """
 
 from jaxlm.optim.apollo import apollo, apollo_mini, scale_by_apollo
+from jaxlm.optim.cast import cast, decay_budget, scale_by_cast
 from jaxlm.optim.config import OptimizerConfig
 from jaxlm.optim.eight_bit import (
     adamw_8bit,
@@ -43,6 +44,8 @@ __all__ = [
     "adamw_8bit",
     "apollo",
     "apollo_mini",
+    "cast",
+    "decay_budget",
     "dequantize_blocks",
     "dynamic_code_book",
     "fira",
@@ -60,6 +63,7 @@ __all__ = [
     "scale_by_adam_8bit",
     "scale_by_apollo",
     "scale_by_axis_rms",
+    "scale_by_cast",
     "scale_by_empirical_fisher",
     "scale_by_fira",
     "scale_by_galore",

@@ -7,6 +7,7 @@ import optax
 
 from jaxlm.core.errors import ConfigError, nearest
 from jaxlm.optim.apollo import apollo, apollo_mini
+from jaxlm.optim.cast import cast
 from jaxlm.optim.eight_bit import adamw_8bit
 from jaxlm.optim.fisher import DAMPING_MODES
 from jaxlm.optim.galore import fira, galore, natural_galore
@@ -29,6 +30,7 @@ OPTIMIZERS = (
     "spam",
     "stable_spam",
     "adamw_8bit",
+    "cast",
 )
 MOMENTUM = {"head": HEAD_ROLES, "none": (), "all": NORMALIZED_ROLES}
 
@@ -77,13 +79,26 @@ class SpikeOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class SparseOptions:
+    """Of `cast`."""
+
+    n: int = 2
+    """Weights kept of every `m` inputs."""
+    m: int = 4
+    strength: float = 4e-7
+    """Of the pull to zero, near the size of the gradients."""
+    refresh: int = 10
+    """Steps between two masks."""
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer, and a warm-up, stable, decay schedule given in shares of the run."""
 
     name: str = "adamw"
     """`adamw`; `muon` (on the matrices of the blocks, Adam on the rest); `scale`, `swan` (normalized SGD, almost no
     state); `galore`, `natural_galore`, `fira`, `apollo`, `apollo_mini` (low-rank state); `spam`, `stable_spam`
-    (against spikes); `adamw_8bit` (moments in 8 bits)."""
+    (against spikes); `adamw_8bit` (moments in 8 bits); `cast` (towards N:M sparsity)."""
     learning_rate: float = 1e-3
     """At the top of the schedule."""
     warmup: float = 0.05
@@ -104,6 +119,7 @@ class OptimizerConfig:
     scale: ScaleOptions = ScaleOptions()
     low_rank: LowRankOptions = LowRankOptions()
     spikes: SpikeOptions = SpikeOptions()
+    sparse: SparseOptions = SparseOptions()
     block: int = 256
     """Entries that share a scale in `adamw_8bit`."""
 
@@ -185,5 +201,7 @@ class OptimizerConfig:
                 return spam(schedule, **reset, **limits, **adam, **shared)
             case "stable_spam":
                 return stable_spam(schedule, **reset, **adam, **shared)
+            case "cast":
+                return cast(schedule, steps, **dataclasses.asdict(self.sparse), **adam, **shared)
             case _:
                 return adamw_8bit(schedule, block=self.block, **adam, **shared)
