@@ -60,7 +60,7 @@ class ArmResult:
 
     `tuned`: loss on the tuning text by learning rate (not finite where a run diverged). `rate`: the best of them.
     `losses`: on the judging text, a seed each. `history`: training loss of each step, mean over seeds. `params`: of the
-    first seed.
+    first seed. `outcomes`: all there is of the judged runs.
     """
 
     tuned: Mapping[float, float]
@@ -69,11 +69,17 @@ class ArmResult:
     history: tuple[float, ...]
     seconds_a_step: float
     params: Any
+    outcomes: Sequence[Any] = ()
 
     @property
     def loss(self) -> float:
         """Mean over seeds."""
         return statistics.fmean(self.losses)
+
+    @property
+    def spread(self) -> float:
+        """Between the best and the worst seed."""
+        return max(self.losses) - min(self.losses)
 
     @property
     def is_at_an_edge(self) -> bool:
@@ -112,12 +118,10 @@ def compare_arms(config: StudyConfig, arms: Mapping[str, Arm], text: Text, out: 
 
 
 def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path) -> ArmResult:
-    import numpy as np
-
     from jaxlm.evals import resident_loss
     from jaxlm.models import Decoder
     from jaxlm.objectives import CausalLM
-    from jaxlm.training import Member, Population, init_state, make_step
+    from jaxlm.training import Population, init_state, make_step
 
     model = Decoder(config.model)
     objective = CausalLM(model)
@@ -131,23 +135,38 @@ def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path)
         num_steps=config.steps,
         evaluate=lambda params: {"tuning": tuning_loss(params), "judge": judge_loss(params)},
     )
+    return tune_and_judge(config, name, population, arm.rates, folder)
+
+
+def tune_and_judge(
+    config: StudyConfig, name: str, population: Any, rates: Sequence[float], folder: Path, frozen: Any = None
+) -> ArmResult:
+    """Trains a `Population` at each learning rate, and at the best one with each of the seeds that are judged.
+
+    Its members read `hparams["learning_rate"]`; its `evaluate` gives `tuning` and `judge`. With a single rate there is
+    nothing to tune, and no run for it. Otherwise as `compare_arms`.
+    """
+    import numpy as np
+
+    from jaxlm.training import Member
 
     def train(members: Sequence[Member]) -> list[Any]:
-        return population.train(members, folder=folder, keep_params=True, report=_say)
+        return population.train(members, frozen=frozen, folder=folder, keep_params=True, report=say)
 
     def member(rate: float, seed: int) -> Member:
         return Member(f"{name} {rate:g} {seed}", seed, {"learning_rate": rate})
 
     tuned: dict[float, float] = {}
-    untried = list(arm.rates)
+    untried = list(rates) if len(rates) > 1 else []
+    best = rates[0]
     while untried:
         for outcome in train([member(rate, config.tuning_seed) for rate in untried]):
             tuned[outcome.member.hparams["learning_rate"]] = outcome.results["tuning"]
         finite = {rate: loss for rate, loss in tuned.items() if np.isfinite(loss)}
         if not finite:
-            raise ConfigError(f"arm '{name}' diverges at each of the learning rates {arm.rates}: try smaller ones")
+            raise ConfigError(f"arm '{name}' diverges at each of the learning rates {tuple(rates)}: try smaller ones")
         best = min(finite, key=finite.__getitem__)
-        untried = _beyond(best, sorted(tuned)) if len(tuned) < len(arm.rates) + _MORE_RATES else []
+        untried = _beyond(best, sorted(tuned)) if len(tuned) < len(rates) + _MORE_RATES else []
     judged = train([member(best, seed) for seed in config.seeds])
     history = np.mean([outcome.history["loss"] for outcome in judged], axis=0)
     return ArmResult(
@@ -157,6 +176,7 @@ def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path)
         history=tuple(history.tolist()),
         seconds_a_step=min(outcome.seconds for outcome in judged) / config.steps,
         params=judged[0].params,
+        outcomes=tuple(judged),
     )
 
 
@@ -172,6 +192,7 @@ def _beyond(best: float, tried: list[float]) -> list[float]:
     return []
 
 
-def _say(outcome: Any) -> None:
+def say(outcome: Any) -> None:
+    """One line for a finished member."""
     losses = ", ".join(f"{name} {value:.4f}" for name, value in outcome.results.items())
     print(f"{outcome.member.name}: {losses} ({outcome.seconds:.0f} s)", flush=True)

@@ -7,7 +7,6 @@ from jaxlm.compression.sparsity import (
     apply_masks,
     fold_and_prune,
     magnitude_masks,
-    masked_decay,
     straight_through,
     wanda_masks,
 )
@@ -19,7 +18,6 @@ __all__ = [
     "apply_masks",
     "fold_and_prune",
     "magnitude_masks",
-    "masked_decay",
     "memory_report",
     "quantize",
     "quantize_matrix",

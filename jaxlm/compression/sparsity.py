@@ -59,15 +59,6 @@ def straight_through(params: Any, masks: Any) -> Any:
     return _with_masks(params, masks, lambda w, mask: w + jax.lax.stop_gradient(jnp.where(mask, w, 0) - w))
 
 
-def masked_decay(grads: Any, params: Any, masks: Any, strength: Any) -> Any:
-    """SR-STE's gradient: `strength * w` is added where a weight is masked (Zhou et al. 2021, arXiv 2102.04010)."""
-
-    def one(mask: Any, g: Array, w: Array) -> Array:
-        return g if mask is None else g + strength * jnp.where(mask, 0, w)
-
-    return jax.tree.map(one, masks, grads, params, is_leaf=lambda x: x is None)
-
-
 def add_group_scales(params: Any, groups: int = 2, m: int = 4, chosen: Chosen = in_blocks) -> Any:
     """Every chosen kernel as a `GroupScaled` one, with factors 1.
 

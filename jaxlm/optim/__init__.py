@@ -4,7 +4,6 @@ What each parameter is for is read by `jaxlm.optim.roles`.
 """
 
 from jaxlm.optim.apollo import apollo, apollo_mini, scale_by_apollo
-from jaxlm.optim.cast import cast, decay_budget, scale_by_cast
 from jaxlm.optim.config import OptimizerConfig
 from jaxlm.optim.eight_bit import (
     adamw_8bit,
@@ -31,6 +30,7 @@ from jaxlm.optim.projection import Projection
 from jaxlm.optim.reset import reset_state_every
 from jaxlm.optim.schedules import Schedule, quick_recovery, rewarm, warmup_stable_decay
 from jaxlm.optim.spam import scale_by_spam, scale_by_stable_spam, spam, stable_spam
+from jaxlm.optim.sparse import add_masked_decay, cast, decay_budget, scale_by_cast
 from jaxlm.optim.wiring import DECAYED_ROLES
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Projection",
     "Schedule",
     "adamw",
+    "add_masked_decay",
     "adamw_8bit",
     "apollo",
     "apollo_mini",

@@ -7,7 +7,6 @@ import optax
 
 from jaxlm.core.errors import ConfigError, nearest
 from jaxlm.optim.apollo import apollo, apollo_mini
-from jaxlm.optim.cast import cast
 from jaxlm.optim.eight_bit import adamw_8bit
 from jaxlm.optim.fisher import DAMPING_MODES
 from jaxlm.optim.galore import fira, galore, natural_galore
@@ -16,6 +15,7 @@ from jaxlm.optim.normalized import HEAD_ROLES, NORMALIZATIONS, NORMALIZED_ROLES,
 from jaxlm.optim.optimizers import adamw, muon
 from jaxlm.optim.schedules import DECAY_SHAPES, Schedule, warmup_stable_decay
 from jaxlm.optim.spam import spam, stable_spam
+from jaxlm.optim.sparse import cast
 
 OPTIMIZERS = (
     "adamw",

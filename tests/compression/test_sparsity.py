@@ -10,7 +10,6 @@ from jaxlm.compression import (
     apply_masks,
     fold_and_prune,
     magnitude_masks,
-    masked_decay,
     straight_through,
     wanda_masks,
 )
@@ -66,9 +65,6 @@ def test_gradients_through_masks(params):
     assert np.all(np.asarray(soft)[~np.asarray(mask)] != 0)
     np.testing.assert_allclose(np.asarray(soft)[np.asarray(mask)], np.asarray(hard)[np.asarray(mask)], rtol=1e-5)
     np.testing.assert_allclose(logits(straight_through(params, masks)), logits(apply_masks(params, masks)), atol=1e-5)
-    decayed = masked_decay(jax.tree.map(jnp.zeros_like, params), params, masks, 0.5)
-    found, w = dict(trees.named_leaves(decayed))[path], dict(trees.named_leaves(params))[path]
-    np.testing.assert_allclose(found, np.where(mask, 0, 0.5 * np.asarray(w)), rtol=1e-6)
 
 
 def test_factors_leave_the_model_as_it_was_and_fold_away_without_a_trace(params):

@@ -1,6 +1,7 @@
-"""CAST's optimizer: Adam whose gradient fades, for the weights that an N:M mask will remove, into a pull to zero.
+"""Training towards N:M sparsity: CAST's optimizer, and the decay of SR-STE.
 
-The paper calls it AdamS, which is also another optimizer's name.
+CAST's is Adam whose gradient fades, for the weights that the mask will remove, into a pull to zero. The paper calls it
+AdamS, which is also another optimizer's name.
 """
 
 from collections.abc import Callable, Collection
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxlm.core.errors import ConfigError
-from jaxlm.core.sparsity import check_nm, nm_mask
+from jaxlm.core.sparsity import nm_mask
 from jaxlm.optim import roles, wiring
 from jaxlm.optim.learning_rate import LearningRate
 from jaxlm.optim.wiring import zip_leaves
@@ -59,22 +60,16 @@ def scale_by_cast(
     if wiring.is_known(strength) and not strength >= 0:
         raise ConfigError(f"strength is {strength}, expected >= 0")
 
-    def masks(params: Any) -> Any:
-        paths, leaves, treedef = zip_leaves(params)
-        return treedef.unflatten([nm_mask(jnp.abs(w), n, m, path) for path, (w,) in zip(paths, leaves, strict=True)])
-
     def init(params: Any) -> CastState:
-        for path, (w,) in zip(*zip_leaves(params)[:2], strict=True):
-            check_nm(w.shape, n, m, path)
-        zeros = optax.tree.zeros_like(params)
-        return CastState(jnp.zeros((), jnp.int32), zeros, zeros, masks(params))
+        mu, nu = optax.tree.zeros_like(params), optax.tree.zeros_like(params)
+        return CastState(jnp.zeros((), jnp.int32), mu, nu, _masks(params, n, m))
 
     def update(updates: Any, state: CastState, params: Any = None, *, step: Any = None, **extra_args: Any):
         del extra_args
         step = wiring.require_step("cast", step)
         if params is None:
             raise ConfigError("cast needs the parameters: call update(updates, state, params, step=...)")
-        mask = jax.lax.cond(step % refresh == 0, lambda: masks(params), lambda: state.mask)
+        mask = jax.lax.cond(step % refresh == 0, lambda: _masks(params, n, m), lambda: state.mask)
         a = jnp.clip(step.astype(jnp.float32) / total_steps, 0.0, 1.0)
         count = optax.safe_increment(state.count)
         t = count.astype(jnp.float32)
@@ -109,7 +104,7 @@ def cast(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decay: roles.Predicate | Collection[str] = wiring.DECAYED_ROLES,
-    clip_norm: float | None = 1.0,
+    clip_norm: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_cast` on the kernels of the blocks, Adam on all other parameters, decoupled decay, the learning rate.
 
@@ -126,6 +121,25 @@ def cast(
     )
 
 
+def add_masked_decay(strength: float, n: int = 2, m: int = 4) -> optax.GradientTransformation:
+    """Adds `strength * w` to the gradient where `w` is not among the `n` largest of its `m` inputs; needs `params`.
+
+    SR-STE (Zhou et al. 2021, arXiv 2102.04010) is this, for the kernels that are pruned, before any optimizer, with
+    gradients from `jaxlm.compression.straight_through`; its strength for SGD is 2e-4. Wrap it in `optax.masked` for
+    parameters that hold more than those kernels.
+    """
+    if wiring.is_known(strength) and not strength >= 0:
+        raise ConfigError(f"strength is {strength}, expected >= 0")
+
+    def update(updates: Any, state: Any, params: Any = None):
+        if params is None:
+            raise ConfigError("masked decay needs the parameters: call update(updates, state, params)")
+        mask = _masks(params, n, m)
+        return jax.tree.map(lambda g, w, kept: g + strength * jnp.where(kept, 0, w), updates, params, mask), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def decay_budget(learning_rate: float | Callable[[int], Any], total_steps: int) -> float:
     """`sum_t lr_t * t / total_steps`: about how far CAST moves a masked weight that has no gradient.
 
@@ -135,3 +149,8 @@ def decay_budget(learning_rate: float | Callable[[int], Any], total_steps: int) 
     steps = np.arange(total_steps)
     rates = [float(learning_rate(int(t))) for t in steps] if callable(learning_rate) else learning_rate
     return float(np.sum(rates * (steps / total_steps)))
+
+
+def _masks(params: Any, n: int, m: int) -> Any:
+    paths, leaves, treedef = zip_leaves(params)
+    return treedef.unflatten([nm_mask(jnp.abs(w), n, m, path) for path, (w,) in zip(paths, leaves, strict=True)])

@@ -1,4 +1,4 @@
-"""CAST's optimizer against a recursion by hand, and what its card says of it."""
+"""CAST's optimizer and SR-STE's decay against a recursion by hand, and what its card says of it."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.sparsity import nm_mask, satisfies_nm
-from jaxlm.optim import cast, decay_budget, scale_by_cast
+from jaxlm.optim import add_masked_decay, cast, decay_budget, scale_by_cast
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
 
@@ -63,7 +63,8 @@ def test_without_a_gradient_the_strength_does_not_matter_and_the_weight_ends_nea
     rate = 5 * np.abs(w).mean() / 300
     weak, state = train(w, none, 300, 1.0, rate)
     strong, _ = train(w, none, 300, 100.0, rate)
-    np.testing.assert_allclose(weak, strong, rtol=1e-3, atol=1e-3)
+    # Around zero the sign of a rounding error decides a step.
+    np.testing.assert_allclose(weak, strong, atol=4 * rate)
     kept = np.asarray(nm_mask(jnp.abs(w)))
     np.testing.assert_array_equal(np.asarray(weak)[kept], w[kept])
     assert np.abs(np.asarray(weak)[~kept]).max() < 5 * rate
@@ -88,7 +89,7 @@ def test_a_quadratic_ends_sparse_with_its_budget_and_rate_to_zero():
         return 0.05 * (1 - step / total)
 
     assert decay_budget(rate, total) > 2 * np.abs(target).mean()
-    tx = cast(rate, total, axes=axes, strength=1.0, clip_norm=None)
+    tx = cast(rate, total, axes=axes, strength=1.0)
 
     def one(carry, step):
         w, state = carry
@@ -105,6 +106,14 @@ def test_a_quadratic_ends_sparse_with_its_budget_and_rate_to_zero():
 
 def test_the_budget_of_a_constant_rate_is_half_the_way():
     assert decay_budget(1e-3, 1000) == pytest.approx(0.5, rel=2e-3)
+
+
+def test_masked_decay_pulls_what_a_mask_would_remove():
+    w = {"w": jnp.asarray(draw(0))}
+    tx = add_masked_decay(0.5)
+    found, _ = tx.update({"w": jnp.ones((8, 3))}, tx.init(w), w)
+    kept = np.asarray(nm_mask(jnp.abs(w["w"])))
+    np.testing.assert_allclose(found["w"], np.where(kept, 1, 1 + 0.5 * draw(0)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
