@@ -164,10 +164,12 @@ def tune_and_judge(
             tuned[outcome.member.hparams["learning_rate"]] = outcome.results["tuning"]
         finite = {rate: loss for rate, loss in tuned.items() if np.isfinite(loss)}
         if not finite:
-            raise ConfigError(f"arm '{name}' diverges at each of the learning rates {tuple(rates)}: try smaller ones")
+            raise _diverged(name, rates)
         best = min(finite, key=finite.__getitem__)
         untried = _beyond(best, sorted(tuned)) if len(tuned) < len(rates) + _MORE_RATES else []
     judged = train([member(best, seed) for seed in config.seeds])
+    if not any(np.isfinite(outcome.results["judge"]) for outcome in judged):
+        raise _diverged(name, [best])
     history = np.mean([outcome.history["loss"] for outcome in judged], axis=0)
     return ArmResult(
         tuned=tuned,
@@ -190,6 +192,10 @@ def _beyond(best: float, tried: list[float]) -> list[float]:
     if len(tried) > 1 and best == tried[0]:
         return [float(f"{best * tried[0] / tried[1]:.6g}")]
     return []
+
+
+def _diverged(name: str, rates: Sequence[float]) -> ConfigError:
+    return ConfigError(f"arm '{name}' diverges at each of the learning rates {tuple(rates)}: try smaller ones")
 
 
 def say(outcome: Any) -> None:

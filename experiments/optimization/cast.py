@@ -191,14 +191,14 @@ def retrain(config: Config, arm: str, base: Base, text: bases.Text, rates: Seque
 
     model, nm = Decoder(config.model), (config.n, config.m)
     is_cast = arm == "cast" or arm in ABLATIONS
-    start = base.params
-    if is_cast and arm != "without factors":
-        start = add_group_scales(start, config.groups, config.m)
     refresh = config.steps if arm == "without refresh" else config.refresh
     options = SparseOptions(config.n, config.m, base.strength, refresh)
     optimizer = OptimizerConfig("cast" if is_cast else "adamw", sparse=options, **_SCHEDULE)
     if is_cast:
         _check_budget(config, base, optimizer, rates)
+    start = base.params
+    if is_cast and arm != "without factors":
+        start = add_group_scales(start, config.groups, config.m)
     tx = optimizer.make(config.steps, adapted_axes(start, model.axes()), sweep=True)
     if arm == "sr_ste":
         kernels = trees.map_named(lambda path, _: in_blocks(path), start)
