@@ -10,6 +10,7 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.data.prepare import DataConfig
 from jaxlm.models.config import DecoderConfig
 from jaxlm.optim.config import OptimizerConfig
+from jaxlm.peft.parametrizations import Parametrization, is_base, parametrize, restart, stop_bases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,12 @@ class StudyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """An arm's optimizer, and the learning rates that it is tuned over."""
+    """An arm's optimizer, the learning rates that it is tuned over, and what its kernels are made of."""
 
     optimizer: OptimizerConfig
     rates: tuple[float, ...]
+    parametrization: Parametrization = Parametrization()
+    """With `optimizer.reset_every`, restarts of the optimizer are restarts of the parametrization too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,24 +121,53 @@ def compare_arms(config: StudyConfig, arms: Mapping[str, Arm], text: Text, out: 
 
 
 def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path) -> ArmResult:
+    import jax
+    import optax
+
+    from jaxlm.core import trees
     from jaxlm.evals import resident_loss
     from jaxlm.models import Decoder
     from jaxlm.objectives import CausalLM
-    from jaxlm.training import Population, init_state, make_step
+    from jaxlm.optim.roles import label
+    from jaxlm.peft.lora import adapted_axes
+    from jaxlm.training import Population, change_every, init_state, make_step
 
-    model = Decoder(config.model)
+    model, how = Decoder(config.model), arm.parametrization
     objective = CausalLM(model)
-    tx = arm.optimizer.make(config.steps, model.axes(), sweep=True)
+
+    def draw(key: Any) -> tuple[Any, Any]:
+        """What is trained and what is not, of fresh parameters."""
+        params = parametrize(key, model.init(key)["params"], how)
+        return trees.partition(params, how.is_trained, label(params, adapted_axes(params, model.axes())))
+
+    def build(trainable: Any, frozen: Any, step: Any) -> Any:
+        params = trees.merge(trainable, frozen, step)
+        return stop_bases(params) if how.name == "relora" else params
+
+    # What is never trained is the same for all seeds.
+    _, frozen = jax.jit(draw)(jax.random.key(config.tuning_seed))
+    shapes = jax.eval_shape(lambda key: parametrize(key, model.init(key)["params"], how), jax.random.key(0))
+    tx = arm.optimizer.make(config.steps, adapted_axes(shapes, model.axes()), sweep=True)
+    if how.name == "relora":
+        kinds = {"trained": tx, "base": optax.set_to_zero()}
+        tx = optax.partition(kinds, lambda p: trees.map_named(lambda x, _: "base" if is_base(x) else "trained", p))
+    step = make_step(objective, tx, build=build)
+    if arm.optimizer.reset_every:
+        step = change_every(step, arm.optimizer.reset_every, lambda key, trainable: restart(key, trainable, how))
     tuning_loss, judge_loss = (resident_loss(objective, rows, config.batch_size) for rows in (text.tuning, text.judge))
 
+    def evaluate(trainable: Any) -> dict[str, Any]:
+        params = trees.merge(trainable, frozen)
+        return {"tuning": tuning_loss(params), "judge": judge_loss(params)}
+
     population = Population(
-        init=lambda key, hparams: init_state(model.init(key)["params"], tx, key, hparams=hparams),
-        step=make_step(objective, tx),
+        init=lambda key, hparams: init_state(draw(key)[0], tx, key, hparams=hparams),
+        step=step,
         sample=lambda key, step: text.train.sample(key, step, config.batch_size),
         num_steps=config.steps,
-        evaluate=lambda params: {"tuning": tuning_loss(params), "judge": judge_loss(params)},
+        evaluate=evaluate,
     )
-    return tune_and_judge(config, name, population, arm.rates, folder)
+    return tune_and_judge(config, name, population, arm.rates, folder, frozen)
 
 
 def tune_and_judge(
