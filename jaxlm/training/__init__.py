@@ -5,6 +5,7 @@ from jaxlm.training.checkpoints import Checkpoints, Restored, load_meta, load_pa
 from jaxlm.training.loop import Callback, Interrupted, fit
 from jaxlm.training.populations import Member, Outcome, Population
 from jaxlm.training.program import Program
+from jaxlm.training.restarts import change_every
 from jaxlm.training.runs import Run, exclusive, keep_tokenizer, load_run
 from jaxlm.training.session import ResumableBatches, train_in_folder
 from jaxlm.training.state import TrainState, init_state, state_shardings
@@ -28,6 +29,7 @@ __all__ = [
     "ResumableBatches",
     "TrainState",
     "accumulate",
+    "change_every",
     "exclusive",
     "fit",
     "init_state",

@@ -18,15 +18,18 @@ from jaxlm.weights.factored import (
     refactorize,
     sparse_low_rank_kernel,
 )
+from jaxlm.weights.group_scaled import GroupScaled, add_group_scale
 from jaxlm.weights.low_rank import LowRank, add_low_rank
 from jaxlm.weights.quantized import Quantized, pack
 
 __all__ = [
     "Factored",
+    "GroupScaled",
     "LowRank",
     "Quantized",
     "Sparse",
     "Weight",
+    "add_group_scale",
     "add_low_rank",
     "child_axes",
     "dense",

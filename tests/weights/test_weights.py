@@ -21,6 +21,7 @@ from jaxlm.weights import (
     LowRank,
     Quantized,
     Weight,
+    add_group_scale,
     add_low_rank,
     factored_kernel,
     pack,
@@ -108,6 +109,11 @@ def as_low_rank_over_sparse(w):
     return dataclasses.replace(w, b=0.1 * jax.random.normal(jax.random.key(1), w.b.shape))
 
 
+def as_group_scaled(w):
+    w = add_group_scale(w, 2)
+    return dataclasses.replace(w, scale=w.scale + 0.1 * jax.random.normal(jax.random.key(1), w.scale.shape))
+
+
 KINDS = [
     as_dense,
     as_factored,
@@ -117,6 +123,7 @@ KINDS = [
     as_int8,
     as_two_level_5_bit,
     as_low_rank_over_quantized,
+    as_group_scaled,
 ]
 
 
