@@ -171,7 +171,7 @@ def _base(folder: Path, described: Mapping[str, Any], trusted: str | None) -> st
     name = described.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{folder / CONFIG} does not name its base model: load that, and pass it")
-    if "\0" in name:
+    if not name.isprintable():
         raise ConfigError(f"{folder / CONFIG} names the base model {name!r}")
     if trusted is not None:  # It may be relative to where the run was started.
         tail = [part for part in Path(trusted).parts if part != ".."]

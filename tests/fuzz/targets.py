@@ -602,13 +602,13 @@ def read_store(case: tuple[str, bytes], folder: Path) -> None:
 
 @functools.cache
 def _outcome() -> tuple[Any, Path]:
-    from jaxlm.training import populations
+    from jaxlm.training import kept_members
     from jaxlm.training.populations import Member, Outcome
 
     member = Member("slow", 0, {"learning_rate": 0.5})
     params = {"a": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float32)}
     folder = home() / "members"
-    populations._save(folder, Outcome(member, {"loss": np.ones(3, np.float32)}, {"loss": 1.0}, 0.5, params), 3)
+    kept_members.save(folder, Outcome(member, {"loss": np.ones(3, np.float32)}, {"loss": 1.0}, 0.5, params), 3)
     return member, folder
 
 
@@ -623,14 +623,14 @@ def _outcomes() -> st.SearchStrategy[tuple[str, bytes]]:
 def read_outcome(case: tuple[str, bytes], folder: Path) -> None:
     import jax
 
-    from jaxlm.training import populations
+    from jaxlm.training import kept_members
 
     member, whole = _outcome()
     for name in ("slow.json", "slow.npz"):
         put(folder, name, (whole / name).read_bytes())
     put(folder, *case)
     abstract = {"a": jax.ShapeDtypeStruct((2, 3), np.float32), "b": jax.ShapeDtypeStruct((2,), np.float32)}
-    populations._load(folder, member, 3, abstract)
+    kept_members.load(folder, member, 3, abstract)
 
 
 # The command line.

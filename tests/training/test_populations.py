@@ -121,3 +121,20 @@ def test_what_cannot_be_trained_is_refused():
             POPULATION.train(members)
     with pytest.raises(ConfigError, match="how is 'pmap'"):
         dataclasses.replace(POPULATION, how="pmap")
+
+
+@pytest.mark.parametrize(("how", "devices"), [("map", 1), ("loop", 8), ("map", 2)])
+def test_one_program_or_many_devices_give_the_same_bits(looped, how, devices):
+    population = dataclasses.replace(POPULATION, how=how, devices=tuple(jax.devices()[:devices]))
+    for one, other in zip(looped, population.train(MEMBERS, keep_params=True)):
+        chex.assert_trees_all_equal(one.history, other.history)
+        chex.assert_trees_all_equal(one.params, other.params)
+        assert one.results == other.results
+
+
+def test_a_data_seed_changes_the_order_of_data_alone():
+    members = [Member(f"{seed}", 0, {"learning_rate": 0.0}, data_seed=seed) for seed in (0, 1)]
+    plain, (same, other) = POPULATION.train(MEMBERS[:1]), POPULATION.train(members, keep_params=True)
+    chex.assert_trees_all_equal(same.params, other.params)
+    assert same.history["loss"][0] == plain[0].history["loss"][0]
+    assert same.history["loss"][0] != other.history["loss"][0]
