@@ -59,7 +59,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(args, value, where)
     if origin is typing.Literal:
         if value not in args or type(value) not in {type(a) for a in args}:
-            raise ConfigError(f"{where} is {_shown(value)}: {nearest(str(value), args)}")
+            raise ConfigError(f"{where} is {_shown(value)}: {nearest(_shown(value), args)}")
         return value
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
@@ -110,6 +110,8 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         return hint(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
+    if hint is Path and not isinstance(value, Path):
+        raise ConfigError(f"{where} is {_shown(value)}, expected a path")
     if hint in (bool, int, float, str, type(None)) and type(value) is not hint:
         expected = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(hint, "nothing")
         raise ConfigError(f"{where} is {_shown(value)}, expected {expected}")
@@ -117,6 +119,8 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 1 << 4096:
+        return "an integer of thousands of digits"  # which Python does not print
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -13,7 +13,7 @@ import sys
 MAX_OUTPUT = 1 << 24
 MAX_LINES = 2_000_000
 MEMORY = 1 << 30
-CPU_SECONDS = 10
+CPU_SECONDS = 3
 
 
 def main():

@@ -33,7 +33,7 @@ def render(source: str, variables: Mapping[str, Any], date: str) -> str:
 
     `variables` are JSON.
 
-    Raises `ConfigError` for a template that does not parse, takes more than 1 GiB, ten seconds of CPU time or two
+    Raises `ConfigError` for a template that does not parse, takes more than 1 GiB, four seconds of CPU time or two
     million lines of its compiled form, or writes more than 16 MiB, and for variables that are not JSON; `DataError`
     for messages that it refuses, or on which it fails.
     """

@@ -273,7 +273,10 @@ def _local_data_set(folder: Path, split: str, text_field: str) -> Iterator[Docum
 
 def _inside(name: Any, where: Path) -> str:
     """The name of a file or folder beside `where`, which says it: nothing that leads elsewhere."""
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+    if (
+        not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\")
+        or not name.isprintable() or len(name.encode()) > 255
+    ):  # fmt: skip
         raise DataError(f"{where} names {name!r}, expected a file in its folder")
     return name
 

@@ -13,7 +13,8 @@ from tests.fuzz.targets import TARGETS, home
 
 EXTRA_MEMORY = 1 << 31
 """Address space that reading damaged files may take beyond what the process has to begin with."""
-SECONDS = 20
+SECONDS = 100
+"""For one input; a chat template may be rendered several times, each for seconds, until it is refused."""
 
 
 class Hang(Exception):

@@ -4,6 +4,7 @@ The function reads one input as users' code would. It may return, or raise an er
 else is a finding.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -264,17 +265,20 @@ def gguf_bytes(metadata: dict[str, Any], tensors: list[tuple[str, tuple[int, ...
 def _ggufs() -> st.SearchStrategy[bytes]:
     def full(metadata: Any) -> bytes:
         metadata = metadata if isinstance(metadata, dict) else {}
-        named = {k if k.split(".")[0] in ("tokenizer", "general") else f"llama.{k}": v for k, v in metadata.items()}
+        known = ("tokenizer", "general", "gemma3")
+        named = {k if k.split(".")[0] in known else f"llama.{k}": v for k, v in metadata.items()}
         tensors = [("token_embd.weight", (32, 263), 0, 0), ("rope_freqs.weight", (4,), 0, 0)][: 1 + len(named) % 2]
         return gguf_bytes({"general.architecture": "llama", **named}, tensors, bytes(32 * 263 * 4))
 
     metadata = _gguf_metadata()
-    small = {**metadata, **{f"tokenizer.ggml.{n}": metadata[f"tokenizer.ggml.{n}"][-7:] for n in ("tokens", "scores")}}
+    lists = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores")
+    small = {**metadata, **{name: metadata[name][-7:] for name in lists}}
     small["tokenizer.ggml.token_type"] = [6, 6, 6, 1, 1, 1, 1]
-    byte_level = {**small, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.pre": "smollm"}
+    byte_level = {**small, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b"]}
+    byte_level["tokenizer.ggml.pre"] = "smollm"
     scaled = {**small, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 1.0}
-    gemma = {**small, "general.architecture": "gemma3", "attention.sliding_window": 4}
-    gemma = {k if "." in k and k.split(".")[0] in ("tokenizer", "general") else f"gemma3.{k}": v for k, v in gemma.items()}
+    gemma = {f"gemma3.{k}" if k.split(".")[0] != "tokenizer" else k: v for k, v in small.items()}
+    gemma |= {"general.architecture": "gemma3", "gemma3.attention.sliding_window": 4}
     return damaged_value(small, byte_level, scaled, gemma).map(full) | damaged(_gguf())
 
 
@@ -324,7 +328,8 @@ def read_json_lines(data: bytes, folder: Path) -> None:
 def _documents() -> st.SearchStrategy[tuple[str, bytes]]:
     pyarrow = _pyarrow()
     rows = b"".join(as_json(row) + b"\n" for row in _CHATS)
-    kinds = {"a.txt": "t\u00e9xt".encode() * 9, "a.txt.gz": gzip.compress(b"text" * 50), "a.jsonl.gz": gzip.compress(rows)}
+    kinds = {"a.txt": "t\u00e9xt".encode() * 9, "a.txt.gz": gzip.compress(b"text" * 50)}
+    kinds["a.jsonl.gz"] = gzip.compress(rows)
     if pyarrow is not None:
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b" * 50, "c"], "n": [1, 2, 3]}), buffer)
@@ -398,7 +403,8 @@ def _tokenizer_files() -> st.SearchStrategy[tuple[str, bytes]]:
     small = {**definition, "model": {**definition["model"], "merges": definition["model"]["merges"][:3]}}
     others = [
         {**small, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
-        {**small, "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "_"}]}},
+        {**small, "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "NFC"}, {"type": "Prepend", "prepend": "_"}]}},
         {**small, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": "(a+)+$|\\s"}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}},
@@ -518,7 +524,8 @@ def _configs() -> st.SearchStrategy[Any]:
     from jaxlm.testing import tiny_config
 
     figure = Figure("f", (Series("s", (1, 2), (1.0, float("nan"))),), x_scale="log")
-    report = Report("t", claims=(Claim("c", 1.0, "x", True),), tables=(Table("t", ("a", "b"), ((1, None),)),), figures=(figure,))
+    table = Table("t", ("a", "b"), ((1, None),))
+    report = Report("t", claims=(Claim("c", 1.0, "x", True),), tables=(table,), figures=(figure,))
     kinds = [
         (DecoderConfig, tiny_config("gemma3")),
         (Report, report),
@@ -539,7 +546,8 @@ def read_config(case: tuple[type, Any], folder: Path) -> None:
 
 
 def _metrics() -> st.SearchStrategy[bytes]:
-    rows = [{"step": 1, "train/loss": 2.5}, {"step": 2, "train/loss": "NaN", "resumed_at": 2}, {"step": 3, "eval/a/b": 1}]
+    rows = [{"step": 1, "train/loss": 2.5}, {"step": 2, "train/loss": "NaN", "resumed_at": 2}]
+    rows.append({"step": 3, "eval/a/b": 1})
     return damaged_value(rows).map(
         lambda value: b"".join(as_json(row) + b"\n" for row in (value if isinstance(value, list) else [value]))
     ) | damaged(b"".join(as_json(row) + b"\n" for row in rows))
@@ -582,9 +590,13 @@ def _stores() -> st.SearchStrategy[tuple[str, bytes]]:
     parts = [st.tuples(st.just("manifest.json"), damaged_json(json.loads((whole / "manifest.json").read_text())))]
     for name in ("offsets.bin", "sources.bin", "bytes.bin"):
         raw = (whole / name).read_bytes()
-        cut = damaged(raw).map(lambda x, n=len(raw): x[:n].ljust(n, b"\0"))  # of the right length
-        parts.append(st.tuples(st.just(name), cut))
+        parts.append(st.tuples(st.just(name), damaged(raw)))
+        parts.append(st.tuples(st.just(name), damaged(raw).map(functools.partial(_of_length, len(raw)))))
     return st.one_of(parts)
+
+
+def _of_length(count: int, data: bytes) -> bytes:
+    return data[:count].ljust(count, b"\0")
 
 
 def read_store(case: tuple[str, bytes], folder: Path) -> None:
@@ -647,8 +659,6 @@ def _command_lines() -> st.SearchStrategy[list[str]]:
 
 
 def parse_command_line(words: list[str], folder: Path) -> None:
-    import contextlib
-
     from experiments import pretrain, runner
 
     quiet = io.TextIOWrapper(io.BytesIO(), "utf-8", "replace")
@@ -666,7 +676,8 @@ def parse_command_line(words: list[str], folder: Path) -> None:
 # Chat templates.
 
 _EXPRESSIONS = (
-    "messages", "messages[0]", "messages[0].content", "messages[-1]['role']", "ns.s", "x", "loop", "bos_token", "undefined.a",
+    "messages", "messages[0]", "messages[0].content", "messages[-1]['role']", "ns.s", "x", "loop", "bos_token",
+    "undefined.a",
     "'ab' * 9999999", "'a' * 3", "ns.s ~ ns.s", "[ns.s, ns.s]", "range(99999)", "2 ** 9999", "9999999 * 9999999",
     "'%9999999999d' % 1", "'{:>9999999999}'.format(1)", "'a'.ljust(99999999999)", "''.__class__", "messages.append(1)",
     "messages | tojson(indent=999999999)", "messages | join('a')", "lipsum(99)", "ns.s | center(999999999)", "x | list",
@@ -683,7 +694,8 @@ def _templates() -> st.SearchStrategy[str]:
         expression.map(lambda e: "{{ " + e + " }}"),
         expression.map(lambda e: "{% set ns.s = " + e + " %}"),
         expression.map(lambda e: "{% set x = " + e + " %}"),
-        st.sampled_from(("text<|im_end|>", "{% break %}", "{# c #}", "{%", "}}", "{% endfor %}", "{% include 'a' %}", "\ud800")),
+        st.sampled_from(("text<|im_end|>", "{% break %}", "{# c #}", "{%", "}}", "{% endfor %}", "{% include 'a' %}")),
+        st.just("\ud800"),
         st.text(max_size=5),
     )
 
@@ -724,7 +736,8 @@ def _chat_tokenizer() -> Any:
 
 def _answers() -> st.SearchStrategy[str]:
     pieces = (
-        "\\boxed{", "}", "{", "$", "####", "1,234", "-", ".", "\\frac", "\\sqrt", "^", "/", "9" * 400, "answer is", "\n",
+        "\\boxed{", "}", "{", "$", "####", "1,234", "-", ".", "\\frac", "\\sqrt", "^", "/", "9" * 400, "answer is",
+        "\n",
         "(", ")", "%", "```python", "```", "def f():", "\u0661", "\u00bd", "e999", "**", " " * 50, "<think>", "\\text{",
     )  # fmt: skip
     return st.lists(st.sampled_from(pieces) | st.text(max_size=4), max_size=12).map("".join)
@@ -741,10 +754,8 @@ def read_answer(text: str, folder: Path) -> None:
     answers.numbers_equal(text, "1")
     answers.f1(text, [text[1:]])
     code.extract_code(text)
-    try:
+    with contextlib.suppress(_wire.WireError, ValueError, RecursionError):
         _wire.decode(json.loads(text), lambda number, name: None)
-    except (_wire.WireError, ValueError, RecursionError):
-        pass
 
 
 TARGETS: dict[str, Target] = {
