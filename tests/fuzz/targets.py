@@ -613,6 +613,21 @@ def read_store(case: tuple[str, bytes], folder: Path) -> None:
 
 
 @functools.cache
+def _iterator() -> tuple[Any, Any]:
+    from jaxlm.data.pipeline import make_train_iterator
+    from jaxlm.data.store import open_store
+
+    made = make_train_iterator(open_store(_store()), batch_size=2, length=8, seed=0, buffer=0)
+    return made, json.loads(json.dumps(made.get_state()))
+
+
+def read_data_state(data: bytes, folder: Path) -> None:
+    from jaxlm.core.json_files import read_object
+
+    _iterator()[0].set_state(read_object(put(folder, "metadata", data)))
+
+
+@functools.cache
 def _outcome() -> tuple[Any, Path]:
     from jaxlm.training import kept_members
     from jaxlm.training.populations import Member, Outcome
@@ -785,6 +800,7 @@ TARGETS: dict[str, Target] = {
     "config": Target(_configs, read_config, cost=2),
     "metrics": Target(_metrics, read_metrics),
     "checkpoint_meta": Target(_checkpoint_meta, read_checkpoint_meta, cost=2),
+    "data_state": Target(lambda: damaged_json(_iterator()[1]), read_data_state),
     "store": Target(_stores, read_store, cost=3),
     "kept_members": Target(_outcomes, read_outcome),
     "command_line": Target(_command_lines, parse_command_line, cost=100),
