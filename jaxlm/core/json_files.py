@@ -32,16 +32,43 @@ def read_json(path: Path | str) -> Any:
     """The value in a JSON file.
 
     Raises:
-      DataError: the file is missing or is not JSON; names the file, line and column.
+      DataError: the file is missing, cannot be read or is not JSON; names the file, line and column.
+    """
+    return parse_json(_read(path), str(path))
+
+
+def read_object(path: Path | str) -> dict[str, Any]:
+    """The object in a JSON file; `DataError` as `read_json`, and if it holds another kind of value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value of JSON text; `where` names it in errors.
+
+    Raises `DataError` for what is not JSON, and for what Python's parser does not take: brackets nested a thousand
+    deep, integers of more than 4300 digits.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: not JSON that can be read: nested too deep") from error
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON that can be read: {error}") from error
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a UTF-8 file; `DataError` where there is none, or it is not UTF-8."""
+    try:
+        return _read(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -62,6 +89,15 @@ def write_text(path: Path | str, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _read(path: Path | str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 def _plain(value: Any) -> Any:

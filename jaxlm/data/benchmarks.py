@@ -230,6 +230,7 @@ def banking77_intents(folder: str | Path | None = None) -> list[str]:
     return names
 
 
+_MAX_BYTES = 1 << 30  # The largest of these files has 20 MB; a gzip can stand for a thousand times its size.
 _BANKING = "github.com/PolyAI-LDN/task-specific-datasets"
 
 
@@ -266,9 +267,12 @@ def _require(value: str, options: tuple[str, ...], what: str) -> None:
 
 def _read(file: Path) -> str:
     try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+            raw = stream.read(_MAX_BYTES + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file}: truncated or damaged gzip: {error}") from error
+    if len(raw) > _MAX_BYTES:
+        raise DataError(f"{file} holds more than {_MAX_BYTES:,} bytes of text: not such a file")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -284,17 +288,21 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
 
 def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
     for where, line in _lines(file):
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg}") from error
+        yield where, _parse(line, where)
 
 
 def _json(file: Path) -> Any:
+    return _parse(_read(file), str(file), one_line=False)
+
+
+def _parse(text: str, where: str, one_line: bool = True) -> Any:
     try:
-        return json.loads(_read(file))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file} line {error.lineno}: malformed JSON: {error.msg}") from error
+        line = "" if one_line else f" line {error.lineno}"
+        raise DataError(f"{where}{line}: malformed JSON at column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits, thousands of brackets
+        raise DataError(f"{where}: malformed JSON: {error}") from error
 
 
 def _texts(row: Any, fields: tuple[str, ...], where: str) -> list[str]:

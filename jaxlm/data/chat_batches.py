@@ -102,7 +102,10 @@ class ExampleBatches:
         saved = {name: state.get(name) for name in self.identity()}
         if changed := differences(saved, self.identity()):
             raise DataError(f"the checkpoint was trained on other data: {'; '.join(changed)}")
-        self.next_step = int(state["next_step"])
+        step = state.get("next_step")
+        if type(step) is not int or step < 0:
+            raise DataError(f"the checkpoint's place in the data is damaged: next_step is {step!r}")
+        self.next_step = step
 
     def identity(self) -> dict[str, Any]:
         """What must not change between saving and resuming (the number of processes may)."""

@@ -1,4 +1,4 @@
-"""A model's own chat template: Jinja, rendered in a sandbox, with every message kept plain text.
+"""A model's own chat template: Jinja, rendered in a sandbox in a process of its own, every message kept plain text.
 
 Which characters of a rendering are the template's and which a message's is found by rendering twice: with the real
 contents, and with an unguessable mark in place of each. Putting the contents into the second rendering must give the
@@ -13,19 +13,16 @@ text that a generation prompt would end with and the next control token.
 import dataclasses
 import datetime
 import functools
-import json
 import re
 import secrets
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.data import jinja_process
 from jaxlm.data.chat import ChatTemplate, Message, Part, Plain, chat_template, user_text
 
 _MAX_SOURCE = 1 << 18
-_MAX_OUTPUT = 1 << 24
-_MAX_LINES = 2_000_000
 _MARK = re.compile("(\ue000[0-9a-f]{32}\ue001)")
 
 
@@ -33,14 +30,15 @@ _MARK = re.compile("(\ue000[0-9a-f]{32}\ue001)")
 class JinjaTemplate(ChatTemplate):
     """A Jinja template as `transformers` renders them (`messages`, `add_generation_prompt`, `bos_token`, ...).
 
-    `variables` are passed to the template. `date` is what `strftime_now` formats (ISO, by default today): pin it where
-    a template writes the date, or its ids change from day to day. `{% generation %}` blocks, where there are any, say
-    what the assistant wrote; otherwise it is what follows the generation prompt (where the chat does not begin with
-    that, the reply's content), up to the next control token, that token included.
+    `variables` (JSON) are passed to the template. `date` is what `strftime_now` formats (ISO, by default today): pin
+    it where a template writes the date, or its ids change from day to day. `{% generation %}` blocks, where there are
+    any, say what the assistant wrote; otherwise it is what follows the generation prompt (where the chat does not
+    begin with that, the reply's content), up to the next control token, that token included.
 
-    Raises `ConfigError` for a template that does not parse, is longer than 256 KiB, runs without end (more than two
-    million lines of its compiled form), or writes more than 16 MiB; `DataError` for messages that it refuses
-    (`raise_exception`) or whose rendering cannot be told from the template's own text.
+    Raises `ConfigError` for a template that does not parse, is longer than 256 KiB, runs without end, takes too much
+    memory (see `jaxlm.data.jinja_process`) or writes more than 16 MiB, and for a date that is none; `DataError` for
+    messages that it refuses (`raise_exception`), that it fails on, or whose rendering cannot be told from the
+    template's own text.
     """
 
     source: str
@@ -48,15 +46,14 @@ class JinjaTemplate(ChatTemplate):
     date: str | None = None
 
     def __post_init__(self):
-        import jinja2
-
         if len(self.source) > _MAX_SOURCE:
             raise ConfigError(f"the chat template has {len(self.source)} characters, expected {_MAX_SOURCE} at most")
-        try:
-            self._compiled  # noqa: B018
-        except jinja2.TemplateError as error:
-            line = f" in line {error.lineno}" if getattr(error, "lineno", None) else ""
-            raise ConfigError(f"the chat template does not parse{line}: {error}") from error
+        if self.date is not None:
+            try:
+                datetime.datetime.fromisoformat(self.date)
+            except ValueError as error:
+                raise ConfigError(f"the date of a chat template is '{self.date}', expected ISO: {error}") from error
+        jinja_process.check(self.source)
 
     def parts(self, messages, tokenizer, *, add_generation_prompt=False):
         spelled = {i: text for text, i in tokenizer.control_tokens.items()}
@@ -65,10 +62,9 @@ class JinjaTemplate(ChatTemplate):
             if i in spelled
         }  # fmt: skip
         # One moment for all renderings of a chat: they are compared.
-        date = datetime.datetime.fromisoformat(self.date) if self.date else datetime.datetime.now()
-        named["strftime_now"] = date.strftime
+        date = self.date or datetime.datetime.now().isoformat()
         messages = [{**m, "content": user_text(m)} for m in messages]
-        render = functools.partial(self._render, named=named)
+        render = functools.partial(self._render, named=named, date=date)
         control = _pattern(tokenizer.control_tokens)
         real = _without(*render(messages, add_generation_prompt))
         marks = [_mark() for _ in messages]
@@ -134,11 +130,9 @@ class JinjaTemplate(ChatTemplate):
         return [p for p in parts if p.text]
 
     def _render(
-        self, messages: Sequence[Message], prompt: bool, *, named: Mapping[str, Any]
+        self, messages: Sequence[Message], prompt: bool, *, named: Mapping[str, Any], date: str
     ) -> tuple[str, tuple[str, str]]:
         """The rendering with a mark before and after each generation block, and these two marks."""
-        import jinja2
-
         ends = (_mark(), _mark())
         variables = {
             "tools": None,
@@ -147,28 +141,9 @@ class JinjaTemplate(ChatTemplate):
             **self.variables,
             "messages": [dict(m) for m in messages],
             "add_generation_prompt": prompt,
-            "raise_exception": _raise,
             "_generation_marks": ends,
         }
-        try:
-            with _LineBudget():
-                pieces, size = [], 0
-                for piece in self._compiled.generate(variables):
-                    pieces.append(piece)
-                    size += len(piece)
-                    if size > _MAX_OUTPUT:
-                        raise ConfigError(f"the chat template wrote more than {_MAX_OUTPUT} characters")
-        except (_Refused, RecursionError) as error:
-            raise DataError(f"the chat template refuses these messages: {error}") from error
-        except ConfigError:
-            raise
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-            raise DataError(f"the chat template fails on these messages: {error}") from error
-        return "".join(pieces), ends
-
-    @functools.cached_property
-    def _compiled(self) -> Any:
-        return _environment().from_string(self.source)
+        return jinja_process.render(self.source, variables, date), ends
 
 
 def model_template(name: str, source: str | None) -> ChatTemplate:
@@ -176,81 +151,6 @@ def model_template(name: str, source: str | None) -> ChatTemplate:
     if name != "auto":
         return chat_template(name)
     return JinjaTemplate(source) if source else Plain()
-
-
-class _Refused(Exception):
-    """What `raise_exception` raises."""
-
-
-def _raise(message: str) -> None:
-    raise _Refused(message)
-
-
-@functools.cache
-def _environment() -> Any:
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %} ... {% endgeneration %}` puts a mark before and after what it holds."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            marks = jinja2.nodes.ContextReference()
-            call = self.call_method("_around", [marks])
-            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _around(self, context: Any, caller: Callable) -> str:
-            before, after = context["_generation_marks"]
-            return before + caller() + after
-
-    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        """Refuses products and powers that would fill the memory."""
-
-        intercepted_binops = frozenset(["*", "**"])
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sizes = [len(x) if isinstance(x, (str, list, tuple)) else 0 for x in (left, right)]
-            if operator == "**" or (any(sizes) and max(sizes) * max(_number(left), _number(right)) > _MAX_OUTPUT):
-                raise jinja2.TemplateRuntimeError(f"the operation {operator} is refused here")
-            return super().call_binop(context, operator, left, right)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-
-    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = tojson
-    return environment
-
-
-def _number(x: Any) -> float:
-    return x if isinstance(x, (int, float)) else 0
-
-
-class _LineBudget:
-    """Counts the lines that compiled templates execute in this thread, and stops them when there are too many."""
-
-    def __enter__(self) -> None:
-        self._left, self._before = _MAX_LINES, sys.gettrace()
-        sys.settrace(self._trace)
-
-    def __exit__(self, *exc: Any) -> None:
-        sys.settrace(self._before)
-
-    def _trace(self, frame: Any, event: str, argument: Any) -> Callable | None:
-        # Jinja compiles templates given as text to code of this name.
-        return self._count if frame.f_code.co_filename == "<template>" else None
-
-    def _count(self, frame: Any, event: str, argument: Any) -> Callable:
-        self._left -= 1
-        if self._left < 0:
-            raise ConfigError(f"the chat template runs on and on: more than {_MAX_LINES} lines executed")
-        return self._count
 
 
 def _mark() -> str:

@@ -6,6 +6,7 @@ processes may resume. In each epoch, the rows of a source come in an order keyed
 """
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -142,8 +143,14 @@ class TrainIterator:
         saved = {key: state.get(key) for key in self.source.identity()}
         if changed := differences(saved, self.source.identity()):
             raise DataError(f"the checkpoint was trained on other data: {'; '.join(changed)}")
-        schedule = Schedule.from_json(self.source.schedule.names, state["schedule"])
-        self._restart(dataclasses.replace(self.source, schedule=schedule), int(state["next_step"]))
+        try:
+            schedule = Schedule.from_json(self.source.schedule.names, state["schedule"])
+            step = operator.index(state["next_step"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"the checkpoint's place in the data is damaged: {error!r}") from error
+        if step < 0:
+            raise DataError(f"the checkpoint's place in the data is damaged: next_step is {step}")
+        self._restart(dataclasses.replace(self.source, schedule=schedule), step)
 
     def reweight(self, step: int, weights: Sequence[float]) -> None:
         """Changes the mixture weights from `step` on; all processes must do the same.

@@ -3,6 +3,7 @@
 Every reader yields documents in a fixed order, and every error names the file and the place in it.
 """
 
+import contextlib
 import glob
 import gzip
 import io
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.core.json_files import read_object
+
+_MAX_DOCUMENT = 1 << 30
 
 
 class Document(NamedTuple):
@@ -119,7 +123,7 @@ def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 value = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: integers of thousands of digits, too
                 at = f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
                 raise DataError(f"{file} line {number}: malformed JSON{at}") from error
             yield number, value
@@ -150,7 +154,12 @@ def _known() -> str:
 
 def _read_text(file: Path, name: str, text_field: str) -> Iterator[Document]:
     with _open(file) as stream:
-        yield Document(_decode(b"".join(_blocks(stream, file)), file, 0), name)
+        text, size = [], 0
+        for block in _blocks(stream, file):
+            text.append(block)
+            size += len(block)
+            _check_size(size, file)
+        yield Document(_decode(b"".join(text), file, 0), name)
 
 
 def _read_json_lines(file: Path, name: str, text_field: str) -> Iterator[Document]:
@@ -162,11 +171,7 @@ def _read_parquet(file: Path, name: str, text_field: str) -> Iterator[Document]:
     pyarrow = _pyarrow(file)
     from pyarrow import parquet
 
-    try:
-        table = parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: not a Parquet file, or a truncated one: {error}") from error
-    with table:
+    with _arrow_errors(file, pyarrow, "a Parquet file"), parquet.ParquetFile(file) as table:
         _require_column(file, text_field, table.schema_arrow.names)
         batches = table.iter_batches(batch_size=256, columns=[text_field])
         yield from _column_documents(batches, file, name, text_field)
@@ -174,13 +179,18 @@ def _read_parquet(file: Path, name: str, text_field: str) -> Iterator[Document]:
 
 def _read_arrow_stream(file: Path, name: str, text_field: str) -> Iterator[Document]:
     pyarrow = _pyarrow(file)
-    with pyarrow.OSFile(str(file)) as source:
-        try:
-            stream = pyarrow.ipc.open_stream(source)
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{file}: not an Arrow stream: {error}") from error
+    with _arrow_errors(file, pyarrow, "an Arrow stream"), pyarrow.OSFile(str(file)) as source:
+        stream = pyarrow.ipc.open_stream(source)
         _require_column(file, text_field, stream.schema.names)
         yield from _column_documents(stream, file, name, text_field)
+
+
+@contextlib.contextmanager
+def _arrow_errors(file: Path, pyarrow: Any, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: not {kind}, or a truncated one: {error}") from error
 
 
 def _require_column(file: Path, text_field: str, columns: list[str]) -> None:
@@ -223,7 +233,7 @@ def _json_object(text: str) -> dict | None:
         return None
     try:
         row = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
@@ -243,18 +253,32 @@ _READERS: dict[str, Reader] = {
 
 def _local_data_set(folder: Path, split: str, text_field: str) -> Iterator[Document]:
     if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        if split not in splits:
-            raise DataError(f"{folder} has no split '{split}' (splits: {', '.join(splits)})")
-        folder = folder / split
+        splits = read_object(folder / "dataset_dict.json").get("splits")
+        shown = ", ".join(map(str, splits)) if isinstance(splits, list) else splits
+        if not isinstance(splits, list) or split not in splits:
+            raise DataError(f"{folder} has no split '{split}' (splits: {shown})")
+        folder = folder / _inside(split, folder / "dataset_dict.json")
     if (folder / "state.json").exists():
-        for data_file in json.loads((folder / "state.json").read_text())["_data_files"]:
-            yield from _read_arrow_stream(folder / data_file["filename"], data_file["filename"], text_field)
+        files = read_object(folder / "state.json").get("_data_files")
+        if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
+            raise DataError(f"{folder / 'state.json'}: no list '_data_files' of files")
+        for name in [_inside(f.get("filename"), folder / "state.json") for f in files]:
+            yield from _read_arrow_stream(folder / name, name, text_field)
         return
     files = list_files(folder)
     of_split = [(file, name) for file, name in files if split in name]
     for file, name in of_split or files:
         yield from _reader(file)(file, name, text_field)
+
+
+def _inside(name: Any, where: Path) -> str:
+    """The name of a file or folder beside `where`, which says it: nothing that leads elsewhere."""
+    if (
+        not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\")
+        or not name.isprintable() or len(name.encode()) > 255
+    ):  # fmt: skip
+        raise DataError(f"{where} names {name!r}, expected a file in its folder")
+    return name
 
 
 def _field(row: Any, text_field: str, where: str) -> str:
@@ -300,6 +324,12 @@ def _blocks(stream: BinaryIO, file: Path) -> Iterator[bytes]:
         yield block
 
 
+def _check_size(size: int, file: Path) -> None:
+    # A gzip can stand for a thousand times its size.
+    if size > _MAX_DOCUMENT:
+        raise DataError(f"{file}: a document of more than {_MAX_DOCUMENT:,} bytes: cut it into several")
+
+
 def _lines(stream: BinaryIO, file: Path) -> Iterator[bytes]:
     pending = io.BytesIO()
     for block in _blocks(stream, file):
@@ -309,6 +339,7 @@ def _lines(stream: BinaryIO, file: Path) -> Iterator[bytes]:
             yield pending.getvalue()
             pending = io.BytesIO()
         pending.write(rest)
+        _check_size(pending.tell(), file)
     if pending.tell():
         yield pending.getvalue()
 

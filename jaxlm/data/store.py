@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxlm.core.configs import differences, fingerprint
 from jaxlm.core.errors import DataError, nearest
+from jaxlm.core.json_files import read_object
 from jaxlm.data.cache import atomic_folder
 from jaxlm.data.permutation import permutation_key, permuted
 from jaxlm.data.sources import Document
@@ -153,18 +154,17 @@ def open_store(folder: str | Path, tokenizer: Tokenizer | None = None) -> TokenS
     of the format wrote it, or if it was encoded with another tokenizer than `tokenizer`.
     """
     folder = Path(folder)
+    if not (folder / _MANIFEST).exists():
+        raise DataError(f"no tokenized store at {folder}: {_MANIFEST} is missing")
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-    except FileNotFoundError as error:
-        raise DataError(f"no tokenized store at {folder}: {_MANIFEST} is missing") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{folder / _MANIFEST} is damaged ({error}): delete the folder to rebuild it"
-        ) from error
+        manifest = read_object(folder / _MANIFEST)
+    except DataError as error:
+        raise DataError(f"{folder / _MANIFEST} is damaged ({error}): delete the folder to rebuild it") from error
     if manifest.get("format") != FORMAT:
         raise DataError(
             f"{folder} has format {manifest.get('format')}, expected {FORMAT}: delete it to rebuild"
         )
+    _check_manifest(folder, manifest)
     for name, size in manifest["files"].items():
         found = (folder / name).stat().st_size if (folder / name).exists() else 0
         if found != size:
@@ -176,7 +176,46 @@ def open_store(folder: str | Path, tokenizer: Tokenizer | None = None) -> TokenS
             f"{folder} was encoded with the tokenizer {manifest['settings']['tokenizer']}, "
             f"expected {tokenizer.fingerprint}"
         )
-    return TokenStore(folder, manifest)
+    store = TokenStore(folder, manifest)
+    _check_offsets(store)
+    return store
+
+
+def _check_offsets(store: TokenStore) -> None:
+    """`DataError` unless offsets and sources divide the tokens as the manifest says."""
+    offsets, counts = store.offsets, [source["documents"] for source in store.manifest["sources"]]
+    whole = offsets[0] == 0 and offsets[-1] == len(store.tokens) and bool((offsets[1:] >= offsets[:-1]).all())
+    if not whole or not np.array_equal(store.source_ids, np.repeat(np.arange(len(counts)), counts)):
+        raise DataError(f"{store.folder} is damaged (offsets or sources of documents): delete the folder to rebuild it")
+
+
+def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """`DataError` unless a manifest has what a store is read by, and its files are those of a store, as long as it
+    says they are."""
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise DataError(f"{folder / _MANIFEST} is damaged ({what}): delete the folder to rebuild it")
+
+    settings, sources, files = (manifest.get(name) for name in ("settings", "sources", "files"))
+    require(isinstance(manifest.get("fingerprint"), str), "fingerprint")
+    require(manifest.get("dtype") in ("uint16", "uint32"), "dtype")
+    require(isinstance(settings, dict) and isinstance(settings.get("tokenizer"), str), "settings")
+    require(type(settings.get("vocab_size")) is int and 0 < settings["vocab_size"] < 1 << 32, "settings.vocab_size")
+    require(isinstance(sources, list) and len(sources) > 0, "sources")
+    for source in sources:
+        counts = [source.get(n) for n in ("documents", "tokens", "read", "bytes")] if isinstance(source, dict) else []
+        require(bool(counts) and all(type(n) is int and 0 <= n < 1 << 62 for n in counts), "sources: counts")
+        require(all(isinstance(source.get(n), str) for n in ("name", "digest")), "sources: names")
+    require(len({source["name"] for source in sources}) == len(sources), "sources: a name twice")
+    documents, tokens = (sum(source[name] for source in sources) for name in ("documents", "tokens"))
+    width = np.dtype(manifest["dtype"]).itemsize
+    sizes = {
+        "tokens.bin": tokens * width, "offsets.bin": 8 * (documents + 1), "sources.bin": 4 * documents,
+        "bytes.bin": 8 * documents,
+    }  # fmt: skip
+    require(files == sizes, "files")
+    require(documents > 0, "sources: no documents")
 
 
 def _reuse(

@@ -169,8 +169,9 @@ def read_questions(path: str) -> list[Question]:
         where = f"{file} line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            at = f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f": {error}"
+            raise DataError(f"{where}: malformed JSON{at}") from error
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected an object, got {type(record).__name__}")
         questions.append(question_from_record(record, where))

@@ -99,7 +99,7 @@ def _write_mistral(c: DecoderConfig) -> dict[str, Any]:
 
 
 def _qwen_window(keys: Keys) -> dict[str, Any]:
-    layers = keys.peek("num_hidden_layers")
+    layers = hf_keys.num_layers(keys)
     window, first = keys.integer("sliding_window", None), keys.integer("max_window_layers", zero=True)
     pattern = hf_keys.window_pattern(keys, layers) or tuple(i >= first for i in range(layers))
     return {"window": window, "window_pattern": pattern} if keys.flag("use_sliding_window") else {}
@@ -158,7 +158,7 @@ def _read_gemma2(keys: Keys) -> DecoderConfig:
         attention_softcap=keys.get("attn_logit_softcapping", None),
         final_softcap=keys.get("final_logit_softcapping", None),
         window=keys.integer("sliding_window", None),
-        window_pattern=hf_keys.window_pattern(keys, keys.peek("num_hidden_layers")) or (True, False),
+        window_pattern=hf_keys.window_pattern(keys, hf_keys.num_layers(keys)) or (True, False),
         **hf_keys.flat_rotation(keys, keys.peek("max_position_embeddings")),
     )
 
@@ -196,7 +196,7 @@ def _read_gemma3(keys: Keys) -> DecoderConfig:
         if "rope_scaling" in local:
             raise ConfigError(f"config.json: rope type '{local['rope_scaling'].kind}' in sliding_attention")
         local_theta = local["rope_theta"]
-    pattern = hf_keys.window_pattern(keys, keys.peek("num_hidden_layers"))
+    pattern = hf_keys.window_pattern(keys, hf_keys.num_layers(keys))
     return _gemma(
         keys,
         norm_placement="sandwich",
@@ -204,7 +204,7 @@ def _read_gemma3(keys: Keys) -> DecoderConfig:
         attention_scale=keys.get("query_pre_attn_scalar") ** -0.5,
         final_softcap=keys.get("final_logit_softcapping", None),
         window=keys.integer("sliding_window", None),
-        window_pattern=pattern or (True,) * (period - 1) + (False,),
+        window_pattern=pattern or (True,) * min(period - 1, hf_keys.MOST_LAYERS) + (False,),
         rope_theta_local=float(local_theta),
         **hf_keys.rotation(rope, theta, max_length),
     )

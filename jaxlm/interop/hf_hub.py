@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from jaxlm.core.errors import CheckpointError
+from jaxlm.core.json_files import read_text
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -26,10 +27,15 @@ def resolve(path: str | Path, revision: str = "main") -> Path:
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file, expected a folder with config.json and safetensors")
     name = str(path)
-    if not _NAME.fullmatch(name) or name.startswith(".") or "/." in name:
+    if not is_hub_name(name):
         raise CheckpointError(f"no folder {folder}")
     cached = _cached(name, revision)
     return cached if cached is not None else _download(name, revision)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is of the form `org/model`, which no path with `..` or a root is."""
+    return _NAME.fullmatch(name) is not None and not name.startswith(".") and "/." not in name
 
 
 def cache_folder() -> Path:
@@ -44,9 +50,9 @@ def _cached(name: str, revision: str) -> Path | None:
     """The snapshot of a revision, if it has a configuration and weights."""
     model = cache_folder() / f"models--{name.replace('/', '--')}"
     ref = model / "refs" / revision
-    if ".." in Path(revision).parts or Path(revision).is_absolute():
+    if ".." in Path(revision).parts or Path(revision).is_absolute() or "\0" in revision:
         raise CheckpointError(f"revision is '{revision}', expected a branch, tag or commit")
-    commit = ref.read_text().strip() if ref.is_file() else revision
+    commit = read_text(ref).strip() if ref.is_file() else revision
     snapshot = model / "snapshots" / commit
     if not _COMMIT.fullmatch(commit) or not (snapshot / "config.json").exists():
         return None

@@ -21,6 +21,8 @@ ACTIVATIONS = {
     "relu2": "relu_squared",
 }
 _ABSENT = object()
+_MOST = 1 << 53
+MOST_LAYERS = 1 << 12
 
 
 class Keys:
@@ -43,6 +45,8 @@ class Keys:
         if isinstance(value, bool) and kind is not bool or not isinstance(value, kind):
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise ConfigError(f"config.json: '{self._where}{name}' is {value!r}, expected {names}")
+        if isinstance(value, int) and value >= _MOST:
+            raise ConfigError(f"config.json: '{self._where}{name}' is {_shown(value)}, expected less than {_MOST}")
         if isinstance(value, (int, float)) and kind is not bool and not (math.inf > value > 0 or (zero and value == 0)):
             raise ConfigError(f"config.json: '{self._where}{name}' is {value!r}, expected a positive number")
         return value
@@ -68,6 +72,14 @@ class Keys:
     def unread(self) -> dict[str, Any]:
         """Keys nobody asked for that hold something."""
         return {name: value for name, value in self._left.items() if value not in (None, False, [], {})}
+
+
+def num_layers(keys: Keys) -> int:
+    """The number of layers, which is read again later: of a size that lists by layer may have."""
+    layers = keys.peek("num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise ConfigError(f"config.json: 'num_hidden_layers' is {layers}, expected at most {MOST_LAYERS}")
+    return layers
 
 
 def activation(keys: Keys, *names: str, known: Mapping[str, str] = ACTIVATIONS) -> str:
@@ -176,6 +188,11 @@ def window_pattern(keys: Keys, num_layers: int) -> tuple[bool, ...] | None:
         raise ConfigError(f"config.json: 'layer_types' has {len(types)} entries, expected {num_layers}")
     marks = tuple(known[name] for name in types)
     return next(marks[:n] for n in range(1, len(marks) + 1) if all(m == marks[i % n] for i, m in enumerate(marks)))
+
+
+def _shown(value: Any) -> str:
+    # Python refuses to print integers of thousands of digits.
+    return repr(value) if not isinstance(value, int) or abs(value) < 1 << 200 else "a number of too many digits"
 
 
 def layer_types(c: DecoderConfig) -> list[str]:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from jaxlm.core import sharding, trees
 from jaxlm.core.errors import CheckpointError, ConfigError
-from jaxlm.core.json_files import read_json
+from jaxlm.core.json_files import read_object, read_text
 from jaxlm.core.precision import Precision
 from jaxlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from jaxlm.interop import hf_config, hf_tensors, tensor_files
@@ -68,7 +68,7 @@ def load(
     folder = resolve(path, revision)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json: not a checkpoint in Hugging Face's format")
-    values = _read_object(folder / "config.json")
+    values = read_object(folder / "config.json")
     family, config = hf_config.read(values, ignore_keys)
     precision = dtype if isinstance(dtype, Precision) else Precision(params=dtype or "float32")
     config = dataclasses.replace(config, precision=precision)
@@ -293,9 +293,9 @@ def _load_tokenizer(folder: Path) -> Tokenizer | None:
 def _load_chat_template(folder: Path) -> str | None:
     """The file `chat_template.jinja`, or the (default) template in `tokenizer_config.json`."""
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(folder / "chat_template.jinja")
     path = folder / "tokenizer_config.json"
-    template = _read_object(path).get("chat_template") if path.exists() else None
+    template = read_object(path).get("chat_template") if path.exists() else None
     if isinstance(template, list):
         named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
         template = named[0].get("template") if named else None
@@ -307,7 +307,7 @@ def _load_chat_template(folder: Path) -> str | None:
 def _adds_bos(folder: Path, tokenizer: Tokenizer | None) -> bool:
     """What `tokenizer_config.json` says, else what the tokenizer's own file does."""
     path = folder / "tokenizer_config.json"
-    said = _read_object(path).get("add_bos_token") if path.exists() else None
+    said = read_object(path).get("add_bos_token") if path.exists() else None
     if isinstance(said, bool):
         return said
     return isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.adds_bos
@@ -315,7 +315,7 @@ def _adds_bos(folder: Path, tokenizer: Tokenizer | None) -> bool:
 
 def _stop_ids(folder: Path, values: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    ids = _read_object(path).get("eos_token_id") if path.exists() else None
+    ids = read_object(path).get("eos_token_id") if path.exists() else None
     ids = values.get("eos_token_id") if ids is None else ids
     if ids is None:
         return () if tokenizer is None else (tokenizer.special_ids["eos"],)
@@ -345,13 +345,6 @@ def _save_tokenizer(folder: Path, tokenizer: HuggingFaceTokenizer, config: Decod
         "model_max_length": config.max_length,
     }
     _write_json(folder / "tokenizer_config.json", settings)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected an object, got {type(values).__name__}")
-    return values
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

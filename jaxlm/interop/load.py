@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxlm.core.errors import CheckpointError, ConfigError
+from jaxlm.core.json_files import read_object
 from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.interop.pretrained import Pretrained
 
@@ -43,7 +44,8 @@ def load(path: str | Path, *, dtype: str = "float32", packed: bool = False, mesh
     if (folder / "adapter_config.json").is_file():
         from jaxlm.interop.peft import load_adapter
 
-        return load_adapter(folder, dtype=dtype, packed=packed, mesh=mesh)
+        trusted = None if folder == Path(path) else _base_of_run(Path(path))
+        return load_adapter(folder, dtype=dtype, packed=packed, mesh=mesh, trusted_base=trusted)
     if packed:
         raise ConfigError(f"packed: {name} is not a GGUF file, so there are no packed weights in it")
     if (folder / "checkpoints").is_dir():
@@ -71,6 +73,12 @@ def find_in_package(name: str) -> Path:
     if len(found) != 1:
         raise CheckpointError(f"package '{name}' has {len(found)} GGUF files, expected one: {[str(f) for f in found]}")
     return found[0]
+
+
+def _base_of_run(folder: Path) -> str | None:
+    """The model that a fine-tuning run was told to begin with, by its own configuration."""
+    values = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return values["model"] if isinstance(values.get("model"), str) else None
 
 
 def _load_run(folder: Path, mesh: Mesh | None) -> Pretrained:

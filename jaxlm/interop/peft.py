@@ -6,7 +6,9 @@ modules named as the base model's checkpoint names them; the update is `lora_alp
 
 import dataclasses
 import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from jax.sharding import Mesh
 
 from jaxlm.core import sharding
 from jaxlm.core.errors import CheckpointError, ConfigError
-from jaxlm.core.json_files import read_json, write_text
+from jaxlm.core.json_files import read_object, write_text
 from jaxlm.interop import hf_config, hf_tensors
+from jaxlm.interop.hf_hub import is_hub_name
 from jaxlm.interop.hf_tensors import Layout
 from jaxlm.interop.pretrained import Pretrained
 from jaxlm.interop.tensor_files import DTYPES, MappedFile, Planned, write_tensors
@@ -27,6 +30,7 @@ from jaxlm.peft.lora import adapted_axes
 from jaxlm.weights import LowRank
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_MOST_RANK = 1 << 16
 _PREFIX = "base_model.model."
 # What would change the computation, and the values that do not.
 _PLAIN = {
@@ -101,29 +105,33 @@ def load_adapter(
     dtype: str = "float32",
     packed: bool = False,
     mesh: Mesh | None = None,
+    trusted_base: str | None = None,
 ) -> Pretrained:
     """A model with an adapter over it. `base`: by default what the adapter names, found by `interop.load`.
 
-    `mesh`: where the parameters go, those of a given base too.
+    An adapter may name a model of the Hugging Face cache, `package:NAME`, or a path beside it, in the folder that
+    holds it; `trusted_base` is a path that it may name too (a run knows which one it began with). Any other path is
+    refused: load that model, and pass it. `mesh`: where the parameters go, those of a given base too.
 
     Raises `ConfigError` for adapters other than plain LoRA (the key is named), `CheckpointError` for tensors that are
     missing, unknown or of the wrong shape.
     """
     folder = Path(folder)
-    described = read_json(folder / CONFIG)
+    described = read_object(folder / CONFIG)
     for key, plain in _PLAIN.items():
         value = described.get(key)
         if value is not None and value not in plain:
             raise ConfigError(f"{folder / CONFIG}: {key} is {value!r}, supported: {plain[0]!r}")
+    rank, alpha = described.get("r"), described.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank <= _MOST_RANK:
+        raise ConfigError(f"{folder / CONFIG}: r is {rank!r}, expected a rank of 1 to {_MOST_RANK}")
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
+        raise ConfigError(f"{folder / CONFIG}: lora_alpha is {alpha!r}, expected a number")
+    scale = alpha / (rank**0.5 if described.get("use_rslora") else rank)
     if base is None:
         from jaxlm.interop.load import load
 
-        name = described.get("base_model_name_or_path")
-        if not name:
-            raise ConfigError(f"{folder / CONFIG} does not name its base model: load that, and pass it")
-        base = load(name, dtype=dtype, packed=packed, mesh=mesh)
-    rank = described["r"]
-    scale = described["lora_alpha"] / (rank**0.5 if described.get("use_rslora") else rank)
+        base = load(_base(folder, described, trusted_base), dtype=dtype, packed=packed, mesh=mesh)
     modules = {module: path for path, module in _modules(base.config).items()}
     factors = _read_factors(folder / TENSORS, modules, base.config, rank)
 
@@ -158,6 +166,31 @@ def load_adapter(
     return dataclasses.replace(base, params=params)
 
 
+def _base(folder: Path, described: Mapping[str, Any], trusted: str | None) -> str:
+    """What an adapter names as its base model, if that may be opened on its word alone."""
+    name = described.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{folder / CONFIG} does not name its base model: load that, and pass it")
+    if not name.isprintable():
+        raise ConfigError(f"{folder / CONFIG} names the base model {name!r}")
+    if trusted is not None:  # It may be relative to where the run was started.
+        tail = [part for part in Path(trusted).parts if part != ".."]
+        if tail and list(Path(name).parts[-len(tail) :]) == tail:
+            return name
+    if name.startswith("package:") or (is_hub_name(name) and not os.path.exists(name)):
+        return name
+    beside, path = os.path.realpath(folder.absolute().parent), os.path.realpath(name)
+    own = os.path.realpath(folder)
+    if not path.startswith(beside + os.sep) or path == own or path.startswith(own + os.sep):
+        raise ConfigError(
+            f"{folder / CONFIG} names the base model {name!r}, which is not in the folder that holds the adapter: "
+            "if you trust it, load it, and pass it as base="
+        )
+    if os.path.exists(os.path.join(path, CONFIG)):
+        raise ConfigError(f"{folder / CONFIG} names the base model {name!r}, which is an adapter itself")
+    return name
+
+
 def check_adaptable(config: DecoderConfig) -> None:
     """Raises `ConfigError` for a model whose adapters this format cannot hold."""
     _modules(config)
@@ -181,7 +214,7 @@ def _read_factors(file: Path, modules: dict[str, str], config: DecoderConfig, ra
     if single:
         raise CheckpointError(f"{file}: only one of lora_A and lora_B of {', '.join(single)}")
     for (path, i), found in halves.items():
-        if found["A"].shape[-1] != rank or found["B"].shape[0] != rank:
+        if found["A"].ndim != 2 or found["B"].ndim != 2 or (found["A"].shape[-1], found["B"].shape[0]) != (rank, rank):
             raise CheckpointError(f"{file}: {path} of layer {i} has a rank other than r = {rank} of {CONFIG}")
     return {at: (found["A"], found["B"]) for at, found in halves.items()}
 

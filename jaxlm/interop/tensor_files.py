@@ -6,6 +6,7 @@ that its NumPy side knows bfloat16 in recent versions only; the tests read and w
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import mmap
@@ -17,7 +18,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.errors import CheckpointError
+from jaxlm.core.errors import CheckpointError, DataError
+from jaxlm.core.json_files import read_object
 
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -63,10 +65,11 @@ class MappedFile:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         try:
-            described = json.loads(header)
+            described = json.loads(header, object_pairs_hook=_distinct)
             described.pop("__metadata__", None)
             self.entries = {name: self._entry(8 + length, **fields) for name, fields in described.items()}
-        except (ValueError, TypeError, AttributeError) as error:
+            _check_apart(self.entries)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: its header is not that of a safetensors file: {error}") from error
         end = max((e.stop for e in self.entries.values()), default=8 + length)
         if end > size:
@@ -76,6 +79,9 @@ class MappedFile:
         start, stop = data_offsets
         if not 0 <= start <= stop or any(type(n) is not int or n < 0 for n in (start, stop, *shape)):
             raise ValueError(f"offsets {data_offsets}, shape {shape}")
+        # What NumPy has no shape for, where a dimension of 0 lets the sizes agree.
+        if len(shape) > 32 or math.prod(n or 1 for n in shape) >= 1 << 59:
+            raise ValueError(f"shape {shape}")
         if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
             raise ValueError(f"{stop - start} bytes for {dtype}{shape}")
         return Entry(self, dtype, tuple(shape), base + start, base + stop)
@@ -92,6 +98,21 @@ class MappedFile:
             page = mmap.PAGESIZE
             start = entry.start // page * page
             self._map.madvise(mmap.MADV_DONTNEED, start, entry.stop - start)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("it has a name twice")
+    return found
+
+
+def _check_apart(entries: Mapping[str, Entry]) -> None:
+    """Tensors share no bytes, as the format has it: else a small file could stand for a large model."""
+    at = sorted((e.start, e.stop, name) for name, e in entries.items() if e.stop > e.start)
+    for (_, stop, one), (start, _, other) in itertools.pairwise(at):
+        if start < stop:
+            raise ValueError(f"{one} and {other} overlap")
 
 
 def open_tensors(folder: Path) -> dict[str, Entry]:
@@ -115,7 +136,7 @@ def open_tensors(folder: Path) -> dict[str, Entry]:
     if outside:
         raise CheckpointError(f"{folder / INDEX} names files outside its folder: {', '.join(map(repr, outside))}")
     names = sorted(set(where.values()))
-    absent = [name for name in names if not (folder / name).exists()]
+    absent = [name for name in names if not os.path.isfile(folder / name)]
     if absent:
         raise CheckpointError(f"{folder}: files that {INDEX} names are missing: {', '.join(absent)}")
     files = {name: MappedFile(folder / name) for name in names}
@@ -127,11 +148,11 @@ def open_tensors(folder: Path) -> dict[str, Entry]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        where = read_object(path)["weight_map"]
         if not all(isinstance(k, str) and isinstance(v, str) for k, v in where.items()):
             raise ValueError("weight_map must map names to files")
         return where
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (DataError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: not the index of a checkpoint: {error!r}") from error
 
 

@@ -38,8 +38,11 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ConfigError(f"rope_scaling.kind is '{self.kind}': {nearest(self.kind, KINDS)}")
-        if self.factor < 1:
+        if not 1 <= self.factor < math.inf:
             raise ConfigError(f"rope_scaling.factor is {self.factor}, expected >= 1")
+        for name in ("original_length", "beta_fast", "beta_slow"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"rope_scaling.{name} is {getattr(self, name)}, expected a positive number")
 
 
 def frequencies(dim: int, theta: float, scaling: RopeScaling | None = None, length=None) -> Float[Array, "half"]:

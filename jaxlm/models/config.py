@@ -1,6 +1,7 @@
 """The switches of the decoder: what tells Llama, Qwen, GPT-NeoX, GPT-2 and Gemma apart."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from jaxlm.layers.mlp import ACTIVATIONS
 from jaxlm.layers.rotary import RopeScaling
 
 REMAT = ("none", "dots", "projections", "full")
+_MOST = {"num_layers": 1 << 12}  # Lists of layers are made of what a file says: it must not fill the memory.
 
 
 class LayerKind(NamedTuple):
@@ -87,8 +89,9 @@ class DecoderConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim", "max_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}, expected at least 1")
+            if not 1 <= getattr(self, name) <= _MOST.get(name, 2**31 - 1):
+                bound = f" and at most {_MOST.get(name, 2**31 - 1)}" if getattr(self, name) > 1 else ""
+                raise ConfigError(f"model.{name} is {getattr(self, name)}, expected at least 1{bound}")
         for name, options in (
             ("norm", ("rms", "layer")),
             ("norm_placement", ("pre", "sandwich")),
@@ -113,6 +116,11 @@ class DecoderConfig:
                 f"model.head_dim {self.head_size} x rope_fraction {self.rope_fraction} rotates {self.rotary_dim} "
                 "dimensions, expected an even number of at least 2"
             )
+        yarn = self.rope_scaling is not None and self.rope_scaling.kind == "yarn"
+        for name in ("rope_theta", "rope_theta_local"):
+            theta = getattr(self, name)
+            if theta is not None and not (1 if yarn else 0) < theta < math.inf:
+                raise ConfigError(f"model.{name} is {theta}, expected a number greater than {1 if yarn else 0}")
         if self.window is not None and self.window < 1:
             raise ConfigError(f"model.window is {self.window}, expected at least 1")
         if not self.window_pattern:

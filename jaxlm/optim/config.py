@@ -1,6 +1,7 @@
 """An optimizer and its schedule as settings of a run."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import optax
@@ -33,6 +34,8 @@ OPTIMIZERS = (
     "adamw_8bit",
     "cast",
 )
+SWEPT = ("learning_rate", "weight_decay")
+"""Settings that `hparams` of a run may hold."""
 MOMENTUM = {"head": HEAD_ROLES, "none": (), "all": NORMALIZED_ROLES}
 
 
@@ -160,21 +163,30 @@ class OptimizerConfig:
         )
         return quick_recovery(schedule, self.reset_every, self.recovery) if self.reset_every else schedule
 
-    def make(self, steps: int, axes: Any, *, sweep: bool = False) -> optax.GradientTransformationExtraArgs:
+    def make(
+        self, steps: int, axes: Any, *, sweep: bool | Collection[str] = False
+    ) -> optax.GradientTransformationExtraArgs:
         """The Optax transformation for parameters with these logical axes.
 
-        `b1`, `b2` and `eps` are those of Adam wherever the optimizer has one. With `sweep` the top of the schedule is
-        `hparams["learning_rate"]` of the run's state in place of `learning_rate`.
+        `b1`, `b2` and `eps` are those of Adam wherever the optimizer has one. `sweep` names settings that are read from
+        the `hparams` of the run's state: `learning_rate` (the top of the schedule) and `weight_decay`; `True` is the
+        first alone.
 
         Raises:
-          ConfigError: an option out of its range, or an optimizer whose roles match no parameter.
+          ConfigError: an option out of its range, a setting that cannot be swept, or an optimizer whose roles match no
+            parameter.
         """
         tx = self._make(steps, axes, sweep)
         return reset_state_every(tx, self.reset_every) if self.reset_every else tx
 
-    def _make(self, steps: int, axes: Any, sweep: bool) -> optax.GradientTransformationExtraArgs:
-        schedule = FromHparams(schedule=self.schedule(steps, peak=1.0)) if sweep else self.schedule(steps)
-        shared = {"axes": axes, "weight_decay": self.weight_decay, "clip_norm": self.clip_norm}
+    def _make(self, steps: int, axes: Any, sweep: bool | Collection[str]) -> optax.GradientTransformationExtraArgs:
+        swept = set(SWEPT[:1] if sweep is True else sweep or ())
+        if unknown := sorted(swept - set(SWEPT)):
+            raise ConfigError(f"optimizer.{unknown[0]} cannot be swept: {nearest(unknown[0], SWEPT)}")
+        one = self.schedule(steps, peak=1.0)
+        schedule = FromHparams(schedule=one) if "learning_rate" in swept else self.schedule(steps)
+        weight_decay = FromHparams("weight_decay") if "weight_decay" in swept else self.weight_decay
+        shared = {"axes": axes, "weight_decay": weight_decay, "clip_norm": self.clip_norm}
         adam = {"b1": self.b1, "b2": self.b2, "eps": self.eps}
         adam_for_rest = {"adam_b1": self.b1, "adam_b2": self.b2, "adam_eps": self.eps}
         low = self.low_rank

@@ -20,7 +20,7 @@ from jaxlm.optim.schedules import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class FromHparams:
-    """A learning rate read from the run's `hparams`: `hparams[name]`, times `schedule(step)` if there is one.
+    """A number read from the run's `hparams`: `hparams[name]`, times `schedule(step)` if there is one.
 
     For a sweep, give the schedule a peak of 1 and each member its own peak in `hparams`.
     """
@@ -59,7 +59,7 @@ def value_of(learning_rate: LearningRate, step: Any = None, hparams: Any = None)
     if isinstance(learning_rate, FromHparams):
         if hparams is None or learning_rate.name not in hparams:
             raise ConfigError(
-                f"the learning rate is hparams['{learning_rate.name}'], but update() was given "
+                f"a setting of the optimizer is hparams['{learning_rate.name}'], but update() was given "
                 + ("no hparams" if hparams is None else f"hparams without it: {nearest(learning_rate.name, hparams)}")
             )
         factor, learning_rate = hparams[learning_rate.name], learning_rate.schedule

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.trees import named_leaves
 from jaxlm.optim import roles
-from jaxlm.optim.learning_rate import LearningRate, scale_by_learning_rate
+from jaxlm.optim.learning_rate import FromHparams, LearningRate, scale_by_learning_rate, value_of
 
 DECAYED_ROLES = ("matrix", "embed", "tied", "head", "router", "conv")
 """Weight decay by default: tables and kernels; not norm scales and biases, implicit filters and codebooks."""
@@ -27,13 +27,14 @@ def optimizer(
     learning_rate: LearningRate | optax.GradientTransformation,
     *directions: optax.GradientTransformation,
     axes: Any,
-    weight_decay: float,
+    weight_decay: float | FromHparams,
     decay: roles.Predicate | Collection[str],
     clip_norm: float | None,
 ) -> optax.GradientTransformationExtraArgs:
     """A chain: clipping by global norm, the method's own direction, decoupled weight decay, the learning rate.
 
-    `learning_rate` may be the last link itself, where groups have rates of their own.
+    `learning_rate` may be the last link itself, where groups have rates of their own. `weight_decay` may be a number of
+    the run's `hparams`, for sweeps.
     """
     rate = learning_rate
     if not isinstance(rate, optax.GradientTransformation):
@@ -187,7 +188,7 @@ def _clip(clip_norm: float | None) -> list[optax.GradientTransformation]:
 
 
 def _decay(
-    weight_decay: float, decay: roles.Predicate | Collection[str], axes: Any
+    weight_decay: float | FromHparams, decay: roles.Predicate | Collection[str], axes: Any
 ) -> list[optax.GradientTransformation]:
     roles.roles(axes)  # a leaf without a role is an error before any compute
     chosen = roles.as_predicate(decay)
@@ -196,7 +197,22 @@ def _decay(
     # A plain 0 leaves the link out; an injected one may change, and the chain may not.
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         return []
+    if isinstance(weight_decay, FromHparams):
+        return [_decay_from_hparams(weight_decay, lambda params: roles.mask(params, axes, chosen))]
     return [optax.add_decayed_weights(weight_decay, mask=lambda params: roles.mask(params, axes, chosen))]
+
+
+def _decay_from_hparams(weight_decay: FromHparams, mask: Callable[[Any], Any]) -> optax.GradientTransformation:
+    def update(updates, state, params=None, *, step=None, hparams=None, **extra_args):
+        del extra_args
+        strength = jnp.asarray(value_of(weight_decay, step, hparams))
+
+        def add(decayed: bool, u: Array, p: Array) -> Array:
+            return u + strength.astype(u.dtype) * p if decayed else u
+
+        return jax.tree.map(add, mask(params), updates, params), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _summary(axes: Any) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import DataError
-from jaxlm.core.json_files import number, read_json
+from jaxlm.core.json_files import number, read_object
 
 Row = dict[str, Any]
 
@@ -38,11 +38,13 @@ def read_metrics(folder: Path | str) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} line {count}: not JSON: {line[:80]!r}") from error
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise DataError(f"{path} line {count}: expected an object with an integer 'step': {line[:80]!r}")
         resumed_at = row.pop("resumed_at", None)
+        if type(resumed_at) not in (int, type(None)):
+            raise DataError(f"{path} line {count}: resumed_at is {resumed_at!r}, expected an integer")
         if resumed_at is not None:
             rows = {step: kept for step, kept in rows.items() if step < resumed_at}
         rows.setdefault(row["step"], {}).update({name: number(value) for name, value in row.items()})
@@ -72,4 +74,4 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     Raises:
       DataError: the folder has no readable `config.json`.
     """
-    return read_json(Path(folder) / "config.json")
+    return read_object(Path(folder) / "config.json")

@@ -10,6 +10,7 @@ from jaxlm.training.runs import Run, exclusive, keep_tokenizer, load_run
 from jaxlm.training.session import ResumableBatches, train_in_folder
 from jaxlm.training.state import TrainState, init_state, state_shardings
 from jaxlm.training.step import Gradients, accumulate, make_step
+from jaxlm.training.sweeps import Sweep, coordinate_search, grid, random_points, steps_for
 
 __all__ = [
     "Callback",
@@ -23,6 +24,7 @@ __all__ = [
     "Profile",
     "Program",
     "Run",
+    "Sweep",
     "Save",
     "Interrupted",
     "Restored",
@@ -30,7 +32,9 @@ __all__ = [
     "TrainState",
     "accumulate",
     "change_every",
+    "coordinate_search",
     "exclusive",
+    "grid",
     "fit",
     "init_state",
     "keep_tokenizer",
@@ -38,6 +42,8 @@ __all__ = [
     "load_params",
     "load_run",
     "make_step",
+    "random_points",
     "state_shardings",
+    "steps_for",
     "train_in_folder",
 ]

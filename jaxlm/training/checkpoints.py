@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm.core.errors import CheckpointError
+from jaxlm.core.errors import CheckpointError, DataError
+from jaxlm.core.json_files import read_object
 
 PyTree = Any
 
@@ -155,7 +156,7 @@ class Checkpoints:
             raise CheckpointError(f"there is no checkpoint of step {step} in {self.folder}: found {self.steps()}")
         if not self._sums or not path.exists():
             return
-        expected, found = json.loads(path.read_text()), _file_sums(folder)
+        expected, found = read_object(path), _file_sums(folder)
         for name in sorted(expected.keys() | found.keys()):
             if name not in found:
                 raise CheckpointError(f"{folder / name} is missing")
@@ -172,7 +173,10 @@ def load_meta(folder: str | os.PathLike, step: int | None = None) -> tuple[int, 
     if not found or (step is not None and step not in found):
         raise CheckpointError(f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}: found {found}")
     step = found[-1] if step is None else step
-    return step, json.loads((folder / str(step) / "meta" / "metadata").read_text())
+    try:
+        return step, read_object(folder / str(step) / "meta" / "metadata")
+    except DataError as error:
+        raise CheckpointError(f"the checkpoint of step {step} is damaged: {error}") from error
 
 
 def load_params(folder: str | os.PathLike, abstract: PyTree, step: int | None = None) -> tuple[int, PyTree]:

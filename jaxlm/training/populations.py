@@ -6,16 +6,15 @@
     best = min(outcomes, key=lambda outcome: outcome.results["loss"])
 
 One program trains a member from its first step to its last. On CPU it is compiled once and members run one after the
-other; on accelerators all run at once under `vmap` (on two cores a mapped program is slower than a loop). A `folder`
-keeps what was finished, so that a study which was stopped goes on with the next member.
+other; on accelerators all run at once under `vmap` (on two cores a mapped program is slower than a loop). Members may
+be divided among devices. A `folder` keeps what was finished, so that a study which was stopped goes on with the next
+member; with `check_every` it keeps the state of those under way too, and a member may be stopped early.
 """
 
 import dataclasses
 import functools
-import json
 import math
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,44 +22,53 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
 
-from jaxlm.core import trees
-from jaxlm.core.errors import ConfigError, DataError
-from jaxlm.core.json_files import number, read_json, write_json
+from jaxlm.core.errors import ConfigError
 from jaxlm.core.keys import fold
+from jaxlm.training import kept_members
 from jaxlm.training.state import TrainState
 from jaxlm.training.step import Step
 
-HOW = ("auto", "loop", "vmap")
-_MEMBERS = TrainState(step=None, trainable=0, opt_state=0, extra=0, key=0, hparams=0)
+HOW = ("auto", "loop", "map", "vmap")
+_AXIS = "members"
 
 Init = Callable[[jax.Array, Mapping[str, Any]], TrainState]
 Sample = Callable[[jax.Array, jax.Array], Mapping[str, jax.Array]]
 Evaluation = Callable[[Any], Mapping[str, jax.Array]]
+History = Mapping[str, Float[np.ndarray, "steps"]]
 
 
 class Member(NamedTuple):
-    """One run: `seed` decides initialization and the order of data. `name` is unique within a study."""
+    """One run: `seed` decides initialization and, unless there is a `data_seed`, the order of data. `name` is unique
+    within a study."""
 
     name: str
     seed: int
     hparams: Mapping[str, float] = {}
+    data_seed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a member.
 
-    `history`: metrics of each step, `loss` and `grad_norm` among them. `results`: of `evaluate` after the last step;
-    those of a run that diverged are not finite. `params`: what was trained, if it was asked for.
+    `history`: metrics of each step, `loss` and `grad_norm` among them; shorter than the run if it was stopped.
+    `results`: of `evaluate` after the last step; those of a run that diverged are not finite. `params`: what was
+    trained, if it was asked for.
     """
 
     member: Member
-    history: Mapping[str, Float[np.ndarray, "steps"]]
+    history: History
     results: Mapping[str, float]
     seconds: float
     params: Any = None
+
+    @property
+    def steps(self) -> int:
+        """Steps that were taken."""
+        return len(next(iter(self.history.values())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +81,10 @@ class Population:
       sample: `(key, step) -> batch`, traceable; `key` is the member's own.
       num_steps: of every member.
       evaluate: `(trainable) -> {name: scalar}`, traceable; once a member is trained.
-      how: `loop` or `vmap`; `auto` is `loop` on CPU and `vmap` elsewhere.
+      how: `loop`, members one by one; `map`, one program with `lax.map`; `vmap`, all at once. `auto` is `loop` on CPU
+        and `vmap` elsewhere. `loop` and `map` give the same bits, and `loop` keeps members as they are done.
+      devices: among which members are divided, by default the first alone; each gets whole members.
+      tokens_per_step: in a batch, for accounts of tokens.
     """
 
     init: Init
@@ -82,6 +93,8 @@ class Population:
     num_steps: int
     evaluate: Evaluation | None = None
     how: str = "auto"
+    devices: tuple[jax.Device, ...] = ()
+    tokens_per_step: int | None = None
 
     def __post_init__(self):
         if self.how not in HOW:
@@ -97,6 +110,8 @@ class Population:
         folder: Path | None = None,
         keep_params: bool = False,
         report: Callable[[Outcome], None] | None = None,
+        check_every: int | None = None,
+        stop: Callable[[Member, History], bool] | None = None,
     ) -> list[Outcome]:
         """Trains every member; outcomes in the order of `members`.
 
@@ -105,73 +120,186 @@ class Population:
           folder: where finished members are kept, a file each; they are not trained again.
           keep_params: also returns (and keeps) what was trained.
           report: called with each outcome as it comes.
+          check_every: steps, a divisor of `num_steps`, after which `stop` is asked and, with a folder, the states of
+            members are kept: a run that was killed goes on from there, to the same bits.
+          stop: whether a member, with its metrics so far, ends here; it is evaluated as it is then.
 
         Raises:
-          ConfigError: no members, two of one name, or members with different `hparams`.
+          ConfigError: no members, two of one name, members with different `hparams`, `stop` without `check_every`.
           DataError: `folder` holds a member of the same name with other settings, or a damaged file.
         """
         _check(members)
-        found: dict[str, Outcome | None] = {}
+        length = self._segment(check_every, stop)
+        found: dict[str, Outcome | None] = dict.fromkeys(m.name for m in members)
         if folder is not None:
-            hparams = dict(members[0].hparams)
-            wanted = jax.eval_shape(self.init, jax.random.key(0), hparams).trainable if keep_params else None
-            found = {m.name: _load(folder, m, self.num_steps, wanted) for m in members}
-        waiting = [m for m in members if found.get(m.name) is None]
-        mapped = self.how == "vmap" or (self.how == "auto" and jax.default_backend() != "cpu")
-        for group in ([waiting] if waiting else []) if mapped else [[m] for m in waiting]:
-            keys = jnp.stack([jax.random.key(m.seed) for m in group])
-            hparams = {name: jnp.array([m.hparams[name] for m in group], jnp.float32) for name in group[0].hparams}
-            if not mapped:
-                keys, hparams = keys[0], {name: x[0] for name, x in hparams.items()}
-            started = time.perf_counter()
-            trained, history, results = jax.block_until_ready(self._program(keys, hparams, frozen, mapped=mapped))
-            seconds = (time.perf_counter() - started) / len(group)
-            for i, member in enumerate(group):
-                pick = (lambda x, i=i: x[i]) if mapped else (lambda x: x)
-                outcome = Outcome(
-                    member,
-                    {name: np.asarray(pick(x)) for name, x in history.items()},
-                    {name: float(pick(x)) for name, x in results.items()},
-                    seconds,
-                    jax.tree.map(pick, trained) if keep_params else None,
-                )
-                if folder is not None:
-                    _save(folder, outcome, self.num_steps)
+            abstract = self._abstract_state(members[0])
+            wanted = abstract.trainable if keep_params else None
+            for m in members:
+                if (kept := kept_members.load(folder, m, self.num_steps, wanted)) is not None:
+                    found[m.name] = Outcome(m, *kept)
+        waiting = [m for m in members if found[m.name] is None]
+        for group in self._groups(waiting):
+            for outcome in self._train_group(group, frozen, folder, keep_params, length, stop):
                 if report is not None:
                     report(outcome)
-                found[member.name] = outcome
+                found[outcome.member.name] = outcome
         return [found[m.name] for m in members]
 
+    # Members of a group are trained together. Arrays of a group have a leading axis of members, which the devices
+    # divide; the last member is repeated where they do not. `step` alone is one number for all.
+
+    @property
+    def _how(self) -> str:
+        if self.how != "auto":
+            return self.how
+        return "loop" if jax.default_backend() == "cpu" else "vmap"
+
+    def _groups(self, members: Sequence[Member]) -> list[Sequence[Member]]:
+        size = max(1, len(self.devices)) if self._how == "loop" else max(1, len(members))
+        return [members[i : i + size] for i in range(0, len(members), size)]
+
+    def _segment(self, check_every: int | None, stop: Any) -> int:
+        if stop is not None and check_every is None:
+            raise ConfigError("stop is given without check_every: after how many steps is it asked?")
+        length = self.num_steps if check_every is None else check_every
+        if length < 1 or self.num_steps % length:
+            raise ConfigError(f"check_every is {check_every}, expected a divisor of num_steps {self.num_steps}")
+        return length
+
+    def _abstract_state(self, member: Member) -> TrainState:
+        return jax.eval_shape(self.init, jax.random.key(0), dict(member.hparams))
+
+    def _train_group(
+        self, group: Sequence[Member], frozen: Any, folder: Path | None, keep_params: bool, length: int, stop: Any
+    ) -> list[Outcome]:
+        padded = [*group, *[group[-1]] * (-len(group) % max(1, len(self.devices)))]
+        keys = jnp.stack([jax.random.key(m.seed) for m in padded])
+        seeds = [m.seed if m.data_seed is None else m.data_seed for m in padded]
+        data_keys = jnp.stack([fold(jax.random.key(seed), "data") for seed in seeds])
+        hparams = {name: jnp.array([m.hparams[name] for m in padded], jnp.float32) for name in padded[0].hparams}
+        started = time.perf_counter()
+        states, history, done = self._begin(keys, hparams, padded, folder, length)
+        pieces: list[dict[str, np.ndarray]] = [history] if history else []
+        outcomes: dict[str, Outcome] = {}
+        while len(outcomes) < len(group):
+            if done < self.num_steps:
+                states, piece = self._advance(states, data_keys, frozen, length=length)
+                pieces.append({name: np.asarray(x) for name, x in piece.items()})
+                done += length
+            history = {name: np.concatenate([p[name] for p in pieces], axis=1) for name in pieces[0]}
+            ending = [
+                i for i, m in enumerate(group)
+                if m.name not in outcomes
+                and (done == self.num_steps or (stop is not None and stop(m, {n: x[i] for n, x in history.items()})))
+            ]  # fmt: skip
+            if ending:
+                results = {} if self.evaluate is None else jax.device_get(self._finish(states.trainable))
+            seconds = (time.perf_counter() - started) / len(group)
+            for i in ending:
+                outcomes[group[i].name] = outcome = Outcome(
+                    group[i],
+                    {name: x[i] for name, x in history.items()},
+                    _results({name: float(x[i]) for name, x in results.items()}, history, i),
+                    seconds,
+                    jax.tree.map(lambda x, i=i: x[i], states.trainable) if keep_params else None,
+                )
+                if folder is not None:
+                    kept_members.save(folder, outcome, self.num_steps)
+            if folder is not None and len(outcomes) < len(group):
+                kept_members.save_states(folder, group, self.num_steps, done, states, history)
+        if folder is not None:
+            kept_members.forget_states(folder, group)
+        return [outcomes[m.name] for m in group]
+
+    def _begin(
+        self, keys: Array, hparams: Mapping[str, Array], members: Sequence[Member], folder: Path | None, length: int
+    ) -> tuple[TrainState, dict[str, np.ndarray], int]:
+        """States, metrics so far and steps taken of a group: new ones, or those that a killed run kept."""
+        if folder is not None:
+            abstract = self._abstract_state(members[0])
+            kept = kept_members.load_states(folder, members, self.num_steps, abstract)
+            if kept is not None and kept[2] % length == 0:
+                return kept
+        return self._start(keys, hparams), {}, 0
+
     @functools.cached_property
-    def _program(self) -> Callable[..., tuple[Any, dict, dict]]:
-        run = functools.partial(_run, self.init, self.step, self.sample, self.evaluate, self.num_steps)
-        return jax.jit(run, static_argnames="mapped")
+    def _start(self) -> Callable[..., TrainState]:
+        def start(keys: Array, hparams: Mapping[str, Array]) -> TrainState:
+            states = _each(self._how, lambda x: self.init(*x), (keys, hparams))
+            return dataclasses.replace(states, step=jnp.zeros((), jnp.int32))
+
+        return jax.jit(self._divided(start, (_members(), _members()), _STATE))
+
+    @functools.cached_property
+    def _advance(self) -> Callable[..., tuple[TrainState, dict]]:
+        def advance(states: TrainState, data_keys: Array, frozen: Any, *, length: int) -> tuple[TrainState, dict]:
+            run = functools.partial(_run, self._how, self.step, self.sample, length)
+            divided = self._divided(run, (_STATE, _members(), PartitionSpec()), (_STATE, _members()))
+            return divided(states, data_keys, frozen)
+
+        return jax.jit(advance, static_argnames="length", donate_argnums=0)
+
+    @functools.cached_property
+    def _finish(self) -> Callable[[Any], dict]:
+        return jax.jit(
+            self._divided(lambda x: dict(_each(self._how, self.evaluate, x)), (_members(),), _members())
+        )
+
+    def _divided(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
+        if len(self.devices) < 2:
+            return function
+        mesh = Mesh(np.asarray(self.devices), (_AXIS,))
+        return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
-def _run(init, step, sample, evaluate, num_steps: int, keys, hparams, frozen, *, mapped: bool):
-    if mapped:
-        states = jax.vmap(init)(keys, hparams)
-        states = dataclasses.replace(states, step=jnp.zeros((), jnp.int32))
-        draw = jax.vmap(sample, in_axes=(0, None))
-        step = jax.vmap(step, in_axes=(_MEMBERS, None, 0), out_axes=(_MEMBERS, 0))
-        evaluate = None if evaluate is None else jax.vmap(evaluate)
-        fold_data = jax.vmap(lambda key: fold(key, "data"))
-    else:
-        states, draw, fold_data = init(keys, hparams), sample, lambda key: fold(key, "data")
-    data_keys = fold_data(keys)
+def _members() -> PartitionSpec:
+    return PartitionSpec(_AXIS)
 
-    def body(states: TrainState, _: None) -> tuple[TrainState, Any]:
-        states, metrics = step(states, frozen, draw(data_keys, states.step))
-        return states, {name: s / jnp.where(w == 0, 1.0, w) for name, (s, w) in metrics.items()}
 
-    states, history = jax.lax.scan(body, states, length=num_steps)
-    if mapped:
-        history = {name: jnp.swapaxes(x, 0, 1) for name, x in history.items()}
-    results = {} if evaluate is None else dict(evaluate(states.trainable))
-    if "skipped" in history:  # Steps that were not finite are left out: what the others led to is no result.
-        diverged = jnp.any(history["skipped"] > 0, axis=-1)
-        results = {name: jnp.where(diverged, jnp.nan, x) for name, x in results.items()}
-    return states.trainable, history, results
+_STATE = TrainState(
+    step=PartitionSpec(),
+    **{name: _members() for name in ("trainable", "opt_state", "extra", "key", "hparams")},
+)
+_MAPPED = TrainState(step=None, trainable=0, opt_state=0, extra=0, key=0, hparams=0)
+
+
+def _each(how: str, function: Callable, x: Any) -> Any:
+    """`function` of each member's part of `x`."""
+    if how == "vmap":
+        return jax.vmap(function)(x)
+    if how == "map":
+        return jax.lax.map(function, x)
+    found = function(jax.tree.map(lambda leaf: leaf[0], x))
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], found)
+
+
+def _run(how: str, step: Step, sample: Sample, length: int, states: TrainState, data_keys: Array, frozen: Any):
+    """The states after `length` more steps, and the metrics of each `[members, length]`."""
+
+    def advance(state: TrainState, data_key: Array, step: Step, draw: Callable) -> tuple[TrainState, dict]:
+        def body(state: TrainState, _: None) -> tuple[TrainState, dict]:
+            state, metrics = step(state, frozen, draw(data_key, state.step))
+            return state, {name: s / jnp.where(w == 0, 1.0, w) for name, (s, w) in metrics.items()}
+
+        return jax.lax.scan(body, state, length=length)
+
+    if how == "vmap":
+        # A condition on the step stays one: with a step of each member's own, both sides would be computed.
+        mapped = jax.vmap(step, in_axes=(_MAPPED, None, 0), out_axes=(_MAPPED, 0))
+        states, history = advance(states, data_keys, mapped, jax.vmap(sample, in_axes=(0, None)))
+        return states, {name: jnp.swapaxes(x, 0, 1) for name, x in history.items()}
+
+    def one(x: tuple[TrainState, Array]) -> tuple[TrainState, dict]:
+        return advance(dataclasses.replace(x[0], step=states.step), x[1], step, sample)
+
+    found, history = _each(how, one, (dataclasses.replace(states, step=None), data_keys))
+    return dataclasses.replace(found, step=states.step + length), history
+
+
+def _results(results: dict[str, float], history: History, i: int) -> dict[str, float]:
+    """Steps that were not finite are left out: what the others led to is no result."""
+    diverged = "skipped" in history and bool((history["skipped"][i] > 0).any())
+    return dict.fromkeys(results, math.nan) if diverged else results
 
 
 def _check(members: Sequence[Member]) -> None:
@@ -180,61 +308,11 @@ def _check(members: Sequence[Member]) -> None:
     names = [m.name for m in members]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"several members are named {', '.join(twice)}")
+    files = [kept_members.file_name(name) for name in names]
+    if twice := sorted({name for name, file in zip(names, files) if files.count(file) > 1}):
+        raise ConfigError(f"members whose names differ in signs alone: {', '.join(twice)}")
     for m in members:
         if m.hparams.keys() != members[0].hparams.keys():
             raise ConfigError(f"hparams of '{m.name}' are {sorted(m.hparams)}, of others {sorted(members[0].hparams)}")
         if bad := [name for name, value in m.hparams.items() if not math.isfinite(value)]:
             raise ConfigError(f"hparams of '{m.name}': {', '.join(bad)} is not finite")
-
-
-def _file(folder: Path, member: Member) -> Path:
-    return Path(folder) / ("".join(c if c.isalnum() or c in "-+." else "_" for c in member.name) + ".json")
-
-
-def _about(member: Member, num_steps: int) -> dict[str, Any]:
-    return {"name": member.name, "seed": member.seed, "hparams": dict(member.hparams), "num_steps": num_steps}
-
-
-def _save(folder: Path, outcome: Outcome, num_steps: int) -> None:
-    path = _file(folder, outcome.member)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if outcome.params is not None:
-        arrays = {name: np.asarray(x) for name, x in trees.named_leaves(outcome.params)}
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **arrays)
-        partial.replace(path.with_suffix(".npz"))
-    write_json(
-        path,
-        {
-            **_about(outcome.member, num_steps),
-            "seconds": outcome.seconds,
-            "results": dict(outcome.results),
-            "history": {name: np.asarray(x, np.float64).tolist() for name, x in outcome.history.items()},
-        },
-    )
-
-
-def _load(folder: Path, member: Member, num_steps: int, abstract: Any) -> Outcome | None:
-    """What is kept of a member. `abstract`: the structure of its parameters, if they are wanted too."""
-    path = _file(folder, member)
-    if not path.exists() or (abstract is not None and not path.with_suffix(".npz").exists()):
-        return None
-    kept = read_json(path)
-    about = json.loads(json.dumps(_about(member, num_steps)))
-    if {name: kept.get(name) for name in about} != about:
-        raise DataError(f"{path} is of a run with other settings: { ({n: kept.get(n) for n in about}) }, here {about}")
-    params = None
-    if abstract is not None:
-        params = _load_params(path.with_suffix(".npz"), abstract)
-    history = {name: np.array(x, np.float32) for name, x in kept["history"].items()}
-    results = {name: number(x) for name, x in kept["results"].items()}
-    return Outcome(member, history, results, kept["seconds"], params)
-
-
-def _load_params(path: Path, abstract: Any) -> Any:
-    try:
-        with np.load(path, allow_pickle=False) as flat:
-            # NumPy's files know bfloat16 only as two bytes.
-            return trees.map_named(lambda name, leaf: jnp.asarray(flat[name].view(leaf.dtype)), abstract)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read ({error}): delete it, and its member is trained again") from error

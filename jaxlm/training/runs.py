@@ -41,14 +41,7 @@ def load_run(folder: str | Path, *, step: int | None = None, mesh: Mesh | None =
     folder = Path(folder)
     if folder.name == "checkpoints":
         folder = folder.parent
-    if not folder.is_dir():
-        raise CheckpointError(f"no run folder {folder}")
-    if not (folder / "checkpoints").is_dir():
-        raise CheckpointError(f"{folder} has no checkpoints: expected a run folder of experiments.pretrain")
-    _, meta = load_meta(folder / "checkpoints", step)
-    if "model" not in meta:
-        raise CheckpointError(f"{folder} is a fine-tuning run without its result: give its command again to finish it")
-    model = Decoder(from_dict(DecoderConfig, meta["model"], "checkpoint model"))
+    model, meta = model_of_run(folder, step)
     abstract = model.abstract_params()
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -58,6 +51,18 @@ def load_run(folder: str | Path, *, step: int | None = None, mesh: Mesh | None =
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
     step, params = load_params(folder / "checkpoints", abstract, step)
     return Run(folder, step, model, params, load_tokenizer(folder / "tokenizer"), meta)
+
+
+def model_of_run(folder: Path, step: int | None = None) -> tuple[Decoder, dict[str, Any]]:
+    """The model of a run folder, without its parameters, and its `meta`; errors as `load_run`."""
+    if not folder.is_dir():
+        raise CheckpointError(f"no run folder {folder}")
+    if not (folder / "checkpoints").is_dir():
+        raise CheckpointError(f"{folder} has no checkpoints: expected a run folder of experiments.pretrain")
+    _, meta = load_meta(folder / "checkpoints", step)
+    if "model" not in meta:
+        raise CheckpointError(f"{folder} is a fine-tuning run without its result: give its command again to finish it")
+    return Decoder(from_dict(DecoderConfig, meta["model"], "checkpoint model")), meta
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxlm.core.errors import DataError
-from jaxlm.core.json_files import dumps, number, read_json, write_json, write_text
+from jaxlm.core.json_files import dumps, number, read_json, read_object, read_text, write_json, write_text
 
 
 def strict(text):
@@ -61,6 +61,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         (b'{"a": 1,\n oops}', "line 2 column 2: not JSON"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
         (None, "no such file"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
     ],
 )
 def test_a_broken_file_is_named_with_its_place(tmp_path, content, words):
@@ -69,3 +71,15 @@ def test_a_broken_file_is_named_with_its_place(tmp_path, content, words):
         path.write_bytes(content)
     with pytest.raises(DataError, match=f"config.json.*{words}"):
         read_json(path)
+
+
+def test_what_is_no_file_or_no_object_is_named(tmp_path):
+    for path in (tmp_path, "a\0b", tmp_path / ("x" * 300)):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_json(path)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(DataError, match="list.json: expected an object, got list"):
+        read_object(tmp_path / "list.json")
+    (tmp_path / "t").write_bytes(b"a\xff")
+    with pytest.raises(DataError, match="not UTF-8 at byte 1"):
+        read_text(tmp_path / "t")

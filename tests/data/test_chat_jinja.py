@@ -136,6 +136,9 @@ def test_functions_that_templates_use():
     assert TOKENIZER.decode(template.encode(TOKENIZER, chat).ids) == f"26 Jul 2024 {json.dumps(chat)}<é>"
 
 
+TWICE = "{{% set {0} = namespace(x='ab') %}}{{% for i in range(60) %}}{{% set {0}.x = {1} %}}{{% endfor %}}"
+
+
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
@@ -150,11 +153,30 @@ def test_functions_that_templates_use():
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", DataError, "unsafe|undefined"),
         ("{{ raise_exception('system first') }}", DataError, "refuses these messages: system first"),
         ("{{ messages[7].content }}", DataError, "fails on these messages"),
+        (f"{TWICE.format('n', 'n.x ~ n.x')}", ConfigError, "MiB"),
+        ("{{ '%99999999999d' % 1 }}", (ConfigError, DataError), "MiB|fails"),
+        ("{{ 'a' | center(9999999999) }}", (ConfigError, DataError), "MiB|fails"),
+        ("{% include 'a' %}", DataError, "fails on these messages"),
     ],
 )
 def test_bad_templates_are_refused(source, error, message):
     with pytest.raises(error, match=message):
         JinjaTemplate(source).encode(TOKENIZER, CHAT[1:3])
+
+
+def test_an_operation_that_takes_forever_is_ended():
+    """Two nests of lists without a shared one are compared in exponential time, inside one operation."""
+    nests = TWICE.format("a", "[a.x, a.x]") + TWICE.format("b", "[b.x, b.x]")
+    with pytest.raises(ConfigError, match="on and on"):
+        JinjaTemplate(nests + "{{ a.x == b.x }}").encode(TOKENIZER, CHAT[1:3])
+    assert JinjaTemplate("{{ 1 + 1 }}").parts(CHAT[1:3], TOKENIZER)[0].text == "2"  # the next one is served
+
+
+def test_variables_and_dates_are_checked():
+    with pytest.raises(ConfigError, match="a variable of the chat template is not JSON"):
+        JinjaTemplate("x", {"tools": {1, 2}}).encode(TOKENIZER, CHAT[1:3])
+    with pytest.raises(ConfigError, match="the date of a chat template is 'today'"):
+        JinjaTemplate("x", date="today")
 
 
 def test_agrees_with_transformers():

@@ -137,9 +137,30 @@ def test_damaged_stores_are_refused(tmp_path):
     manifest.write_text(text[:100])
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         open_store(tmp_path / "s")
+    for change in (
+        {"files": {"../../etc/passwd": 3}}, {"dtype": "object"}, {"dtype": "float64"}, {"sources": []}, {"settings": 3},
+        {"sources": [{"name": "a", "documents": 1 << 60, "tokens": 1, "read": 1, "bytes": 1, "digest": ""}]},
+        {"fingerprint": None},
+    ):  # fmt: skip
+        manifest.write_text(json.dumps({**json.loads(text), **change}))
+        with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+            open_store(tmp_path / "s")
     manifest.write_text(json.dumps({**json.loads(text), "format": 99}))
     with pytest.raises(DataError, match="has format 99, expected 1"):
         open_store(tmp_path / "s")
+
+
+def test_flipped_offsets_and_sources_are_refused(tmp_path):
+    build(tmp_path / "s")
+    for name, dtype in (("offsets.bin", np.int64), ("sources.bin", np.int32)):
+        values = np.fromfile(tmp_path / "s" / name, dtype)
+        for at, value in ((3, -1), (5, 1 << 30), (-1, 0)):
+            changed = values.copy()
+            changed[at] = value
+            changed.tofile(tmp_path / "s" / name)
+            with pytest.raises(DataError, match="is damaged .offsets or sources"):
+                open_store(tmp_path / "s")
+        values.tofile(tmp_path / "s" / name)
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path):

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import pickle
+import struct
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -21,6 +22,7 @@ from jaxlm.data.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     load_tokenizer,
+    sentence_piece_model,
     token_byte_lengths,
     train_sentencepiece,
 )
@@ -358,3 +360,73 @@ def test_unusable_definitions_are_refused(tmp_path):
     (tmp_path / "jaxlm_tokenizer.json").write_text('{"kind": "bite"}')
     with pytest.raises(ConfigError, match="did you mean 'byte'"):
         load_tokenizer(tmp_path)
+
+
+# Damaged files (found by fuzzing).
+
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("jaxlm_tokenizer.json", "[]"),
+        ("jaxlm_tokenizer.json", '{"kind": []}'),
+        ("jaxlm_tokenizer.json", '{"kind": "sentencepiece"}'),
+        ("jaxlm_tokenizer.json", "[" * 5000),
+        ("jaxlm_tokenizer.json", b"\xff"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", json.dumps({"version": "1.0", "normalizer": PRECOMPILED})),  # a panic in the package
+        ("tokenizer.json", b"\xff"),
+        ("x.model", b""),
+        ("x.model", b"\xff" * 99),
+        ("x.model", b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f"),
+    ],
+)
+def test_damaged_tokenizer_files_are_refused_by_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises((ConfigError, DataError)):
+        load_tokenizer(tmp_path / name if name == "x.model" else tmp_path)
+
+
+def sentence_pieces(*pieces, rest=b""):
+    """The bytes of a model of these (text, score, kind)."""
+    out = b""
+    for text, score, kind in pieces:
+        raw = text.encode()
+        body = b"\x0a" + bytes([len(raw)]) + raw + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
+        out += b"\x0a" + bytes([len(body)]) + body
+    return out + rest
+
+
+UNKNOWN = ("<unk>", 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (b"", "it has no pieces"),
+        (sentence_pieces(("a", 0.0, 1)), "no unknown piece"),
+        (sentence_pieces(UNKNOWN, ("", 0.0, 1)), "piece 1 has 0 characters"),
+        (sentence_pieces(UNKNOWN, ("a", 0.0, 1), ("a", 0.0, 1)), "a piece twice"),
+        (sentence_pieces(UNKNOWN, ("a", float("nan"), 1)), "the score of piece 1 is nan"),
+        (sentence_pieces(UNKNOWN, ("a", 0.0, 9)), "unknown kind 9"),
+        (sentence_pieces(UNKNOWN, ("<0xZZ>", 0.0, 6)), "the byte piece 1 is '<0xZZ>'"),
+        (sentence_pieces(UNKNOWN, ("a", 0.0, 1), rest=b"\x1a\x06\x12\x04AAAA"), "identity normalization"),
+        (sentence_pieces(UNKNOWN, ("a", 0.0, 1), rest=b"\x12\x02\x18\x04"), "its type is 4"),
+        (sentence_pieces(UNKNOWN)[:-1], "is cut short"),
+        (b"\x0b", "wire type 3"),
+    ],
+)
+def test_models_that_break_what_sentencepiece_takes_for_granted_are_refused(model, said):
+    with pytest.raises(ConfigError, match=said):
+        SentencePieceTokenizer(model)
+
+
+def test_the_vocabulary_is_read_as_the_package_reads_it():
+    model = sentence_piece()._model
+    pieces = sentence_piece_model.check(model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert [p.text for p in pieces] == [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+    assert [p.score for p in pieces] == pytest.approx([processor.get_score(i) for i in range(len(pieces))])
+    assert [p.kind == 6 for p in pieces] == [processor.is_byte(i) for i in range(len(pieces))]

@@ -305,11 +305,35 @@ def test_tensors_that_do_not_fit_are_all_listed(tmp_path):
         ({"rope.dimension_count": 4}, "rope.dimension_count"),
         ({**BYTE_LEVEL, "tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre 'tekken'"),
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model 'bert'"),
+        ({"tokenizer.ggml.model": 3}, "tokenizer.ggml.model '3'"),
+        ({"block_count": "two"}, "llama.block_count is two, expected a whole number"),
+        ({"block_count": 0}, "the number of layers is 0"),
+        ({"block_count": 1 << 30}, "the number of layers is 1073741824"),
+        ({"attention.head_count": 0}, "the number of heads is 0"),
+        ({"rope.freq_base": "high"}, "llama.rope.freq_base is high, expected a number"),
+        ({"rope.freq_base": -1.0}, "llama.rope.freq_base is -1.0"),
+        ({"tokenizer.chat_template": 3}, "tokenizer.chat_template is 3, expected text"),
     ],
 )
 def test_settings_that_are_not_supported_are_refused_by_name(metadata, said, tmp_path):
     with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
         gguf.load(tiny_file(tmp_path, metadata=metadata)[0])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"tokenizer.ggml.tokens": [1, 2, 3]}, "no list 'tokenizer.ggml.tokens' of str"),
+        ({"tokenizer.ggml.token_type": [1.5] * 3}, "no list 'tokenizer.ggml.token_type' of int"),
+        ({"tokenizer.ggml.merges": [3]}, "no list 'tokenizer.ggml.merges' of str"),
+        ({"tokenizer.ggml.eos_token_id": "end"}, "eos_token_id is end, expected an id"),
+        ({"tokenizer.ggml.tokens": ["a" * 5000]}, "tokens of more than 4096 characters: .0."),
+        ({"general.alignment": 0}, "general.alignment is 0"),
+    ],
+)
+def test_metadata_of_another_type_are_refused_by_name(metadata, said, tmp_path):
+    with pytest.raises(CheckpointError, match=said):
+        gguf.load(tiny_file(tmp_path, metadata={**BYTE_LEVEL, **metadata})[0])
 
 
 def test_other_architectures_types_and_missing_keys_are_refused_by_name(tmp_path):

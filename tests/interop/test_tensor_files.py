@@ -126,6 +126,11 @@ def test_a_truncated_file_is_always_named(tmp_path_factory, data):
         b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": "I8", "shape": [4], "data_offsets": [0.5, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F16", "shape": [2], '
+        b'"data_offsets": [2, 6]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], '
+        b'"data_offsets": [4, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [0, 1152921504606846976], "data_offsets": [0, 0]}}',
         b"\xff\xfe",
     ],
 )

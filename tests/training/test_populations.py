@@ -16,6 +16,7 @@ from jaxlm.evals import resident_loss
 from jaxlm.models import Decoder
 from jaxlm.objectives import CausalLM
 from jaxlm.optim import FromHparams, adamw
+from jaxlm.optim.config import OptimizerConfig
 from jaxlm.testing import tiny_config
 from jaxlm.training import Member, Population, init_state, make_step
 
@@ -121,3 +122,45 @@ def test_what_cannot_be_trained_is_refused():
             POPULATION.train(members)
     with pytest.raises(ConfigError, match="how is 'pmap'"):
         dataclasses.replace(POPULATION, how="pmap")
+
+
+@pytest.mark.parametrize(("how", "devices"), [("map", 1), ("loop", 8), ("map", 2)])
+def test_one_program_or_many_devices_give_the_same_bits(looped, how, devices):
+    population = dataclasses.replace(POPULATION, how=how, devices=tuple(jax.devices()[:devices]))
+    for one, other in zip(looped, population.train(MEMBERS, keep_params=True)):
+        chex.assert_trees_all_equal(one.params, other.params)
+        assert one.results == other.results
+        np.testing.assert_array_equal(one.history["loss"], other.history["loss"])
+        # A sum that is only reported may be fused otherwise in another program.
+        chex.assert_trees_all_close(one.history, other.history, rtol=0 if how == "loop" else 1e-6)
+
+
+def test_weight_decay_is_a_number_of_each_member():
+    tx = OptimizerConfig("adamw").make(5, MODEL.axes(), sweep=("learning_rate", "weight_decay"))
+
+    def fixed(decay):
+        return OptimizerConfig("adamw", weight_decay=decay).make(5, MODEL.axes(), sweep=True)
+
+    def train(tx, **hparams):
+        population = dataclasses.replace(
+            POPULATION,
+            init=lambda key, h: init_state(MODEL.init(key)["params"], tx, key, hparams=h),
+            step=make_step(OBJECTIVE, tx),
+            num_steps=2,
+            evaluate=None,
+        )
+        (outcome,) = population.train([Member("a", 0, {"learning_rate": 1e-2, **hparams})], keep_params=True)
+        return outcome.params
+
+    for decay in (0.0, 3.0):
+        chex.assert_trees_all_close(train(tx, weight_decay=decay), train(fixed(decay)), atol=1e-6)
+    with pytest.raises(ConfigError, match="optimizer.b1 cannot be swept"):
+        OptimizerConfig().make(5, MODEL.axes(), sweep=("b1",))
+
+
+def test_a_data_seed_changes_the_order_of_data_alone():
+    members = [Member(f"{seed}", 0, {"learning_rate": 0.0}, data_seed=seed) for seed in (0, 1)]
+    plain, (same, other) = POPULATION.train(MEMBERS[:1]), POPULATION.train(members, keep_params=True)
+    chex.assert_trees_all_equal(same.params, other.params)
+    assert same.history["loss"][0] == plain[0].history["loss"][0]
+    assert same.history["loss"][0] != other.history["loss"][0]

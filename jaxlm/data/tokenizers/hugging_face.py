@@ -4,6 +4,7 @@ Facts about the format: `tokenizers` documentation (components), and for the byt
 (Radford et al. 2019, section 2.2).
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 from jaxlm.core.configs import fingerprint
 from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.core.json_files import read_object, read_text
 from jaxlm.data.tokenizers.protocol import (
     SETTINGS_FILE,
     Tokenizer,
@@ -52,14 +54,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, definition: str, *, bos: str | None = None, eos: str | None = None, pad: str | None = None):
         import tokenizers
 
-        try:
+        with _engine_errors("not a tokenizer.json"):
             self._engine = engine = tokenizers.Tokenizer.from_str(definition)
-        except Exception as error:  # the package raises bare Exception
-            raise ConfigError(f"not a tokenizer.json: {error}") from error
-        engine.encode_special_tokens = True
-        engine.no_truncation()
-        engine.no_padding()
-        parts = json.loads(engine.to_str())
+            engine.encode_special_tokens = True
+            engine.no_truncation()
+            engine.no_padding()
+            parts = json.loads(engine.to_str())
         self._definition = definition
         self._names = {"bos": bos, "eos": eos, "pad": pad}
         added = {token["id"]: token for token in parts["added_tokens"]}
@@ -95,7 +95,8 @@ class HuggingFaceTokenizer(Tokenizer):
     @property
     def adds_bos(self) -> bool:
         """Whether the file puts BOS before a text (its post-processor does; `encode` here never does)."""
-        return self._engine.encode("a").ids[:1] == [self.special_ids["bos"]]
+        with _engine_errors("the tokenizer.json cannot encode"):
+            return self._engine.encode("a").ids[:1] == [self.special_ids["bos"]]
 
     @property
     def fingerprint(self) -> str:
@@ -111,7 +112,8 @@ class HuggingFaceTokenizer(Tokenizer):
         chosen = [t for t, p in zip(texts, plain) if p]
         for text in chosen:
             utf8(text)
-        encodings = iter(self._engine.encode_batch_fast(chosen, add_special_tokens=False))
+        with _engine_errors("the tokenizer.json cannot encode"):
+            encodings = iter(self._engine.encode_batch_fast(chosen, add_special_tokens=False))
         return [
             self._spell_out_special(next(encodings).ids) if is_plain else self.encode(text)
             for text, is_plain in zip(texts, plain)
@@ -121,7 +123,8 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = self.encode(text)
         if self.decode_bytes(ids) == utf8(text):
             return ids, byte_spans_to_characters(text, [len(self._token_bytes[i]) for i in ids])
-        encoding = self._engine.encode(text, add_special_tokens=False)
+        with _engine_errors("the tokenizer.json cannot encode"):
+            encoding = self._engine.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def token_bytes(self, token: int) -> bytes:
@@ -136,14 +139,16 @@ class HuggingFaceTokenizer(Tokenizer):
         """From a folder with `tokenizer.json`, and what `save` or a `tokenizer_config.json` says of roles."""
         names: dict[str, Any] = {}
         if Path(folder, SETTINGS_FILE).exists():
-            names = json.loads(Path(folder, SETTINGS_FILE).read_text())
+            names = read_object(Path(folder, SETTINGS_FILE))
         elif Path(folder, "tokenizer_config.json").exists():
-            theirs = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
+            theirs = read_object(Path(folder, "tokenizer_config.json"))
             for role in ("bos", "eos", "pad"):
                 token = theirs.get(f"{role}_token")
-                names[role] = token["content"] if isinstance(token, dict) else token
+                names[role] = token.get("content") if isinstance(token, dict) else token
         roles = {role: names.get(role) for role in ("bos", "eos", "pad")}
-        return cls(Path(folder, "tokenizer.json").read_text(encoding="utf-8"), **roles)
+        if odd := {role: name for role, name in roles.items() if not isinstance(name, str | None)}:
+            raise ConfigError(f"{folder}: the tokens of the roles {odd!r}: expected text")
+        return cls(read_text(Path(folder, "tokenizer.json")), **roles)
 
     def __reduce__(self):
         return _rebuild, (self._definition, self._names)
@@ -174,7 +179,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return text.replace(_SPACE, " ").encode()
 
     def _encode_text(self, text: str) -> list[int]:
-        return self._spell_out_special(self._engine.encode(text, add_special_tokens=False).ids)
+        with _engine_errors("the tokenizer.json cannot encode"):
+            ids = self._engine.encode(text, add_special_tokens=False).ids
+        return self._spell_out_special(ids)
 
     def _spell_out_special(self, ids: list[int]) -> list[int]:
         # For role tokens that the file does not mark as special, and models that look whole words up.
@@ -190,6 +197,17 @@ class HuggingFaceTokenizer(Tokenizer):
         if byte not in self._byte_ids:
             raise DataError(f"the tokenizer has no token for the byte 0x{byte:02X}")
         return self._byte_ids[byte]
+
+
+@contextlib.contextmanager
+def _engine_errors(what: str) -> Iterator[None]:
+    """`ConfigError` for what the `tokenizers` package raises: bare exceptions, and its panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(f"{what}: {str(error)[:300]}") from error
 
 
 def _rebuild(definition: str, names: Mapping[str, str | None]) -> HuggingFaceTokenizer:

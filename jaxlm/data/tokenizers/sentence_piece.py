@@ -18,6 +18,7 @@ from pathlib import Path
 from jaxlm.core.configs import fingerprint
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.data.cache import atomic_folder, cache_folder
+from jaxlm.data.tokenizers import sentence_piece_model
 from jaxlm.data.tokenizers.protocol import SETTINGS_FILE, Tokenizer, encode_around, utf8
 
 # SentencePiece writes a space as this character, so the character itself has to go through byte fallback.
@@ -41,10 +42,14 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor
 
         self._model = bytes(model)
+        pieces = sentence_piece_model.check(self._model)
         try:
             self._processor = processor = SentencePieceProcessor(model_proto=self._model)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise ConfigError(f"not a SentencePiece model: {error}") from error
+        if processor.vocab_size() != len(pieces):
+            found = processor.vocab_size()
+            raise ConfigError(f"not a SentencePiece model: of {len(pieces)} pieces it knows {found}")
         self._token_bytes: list[bytes] = []
         self._byte_ids: dict[int, int] = {}
         special: dict[str, int] = {}
@@ -107,7 +112,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def load(cls, folder: str | Path) -> "SentencePieceTokenizer":
-        return cls(Path(folder, "sentencepiece.model").read_bytes())
+        file = Path(folder, "sentencepiece.model")
+        if not file.is_file():
+            raise ConfigError(f"{folder} has no sentencepiece.model")
+        return cls(file.read_bytes())
 
     def _parts(self, text: str | bytes) -> list[str]:
         """Parts of about a kilobyte whose ids, joined, are those of `text`; none if it needs special care.

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxlm.core.errors import ConfigError
 from jaxlm.interop.gguf import architecture, parameters, reader
 from jaxlm.interop.gguf import tokenizer as tokenizers
 from jaxlm.interop.gguf.architecture import ARCHITECTURES
@@ -38,11 +39,14 @@ def load(path: str | Path, *, dtype: Any = "float32", packed: bool = False, mesh
     file = reader.read(path)
     config = architecture.config(file)
     tokenizer = tokenizers.tokenizer(file)
+    chat_template = file.metadata.get("tokenizer.chat_template")
+    if not isinstance(chat_template, str | None):
+        raise ConfigError(f"{path}: tokenizer.chat_template is {str(chat_template)[:60]}, expected text")
     return Pretrained(
         config=config,
         params=parameters.load(file, config, jnp.dtype(dtype), packed, mesh),
         tokenizer=tokenizer,
-        chat_template=file.metadata.get("tokenizer.chat_template"),
+        chat_template=chat_template,
         stop_ids=tokenizers.stop_ids(file),
         add_bos=tokenizer is not None and tokenizer.adds_bos,
     )

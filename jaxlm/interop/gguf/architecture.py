@@ -15,6 +15,10 @@ from jaxlm.interop.gguf.reader import File
 from jaxlm.layers.rotary import RopeScaling, frequencies
 from jaxlm.models import DecoderConfig
 
+_NEEDED = object()
+_MOST = 1 << 31
+_MOST_LAYERS = 1 << 12
+
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 
 
@@ -38,9 +42,12 @@ def config(file: File) -> DecoderConfig:
     if arch not in ARCHITECTURES:
         raise ConfigError(f"{file.path}: architecture '{arch}' is not supported: {nearest(str(arch), ARCHITECTURES)}")
     keys = _Keys(file, arch)
-    layers, embed, heads = (int(keys.need(k)) for k in ("block_count", "embedding_length", "attention.head_count"))
-    kv_heads = int(keys.get("attention.head_count_kv", heads))
-    head_dim = keys.get("attention.key_length")
+    layers, embed, heads = (keys.integer(k) for k in ("block_count", "embedding_length", "attention.head_count"))
+    for name, size, most in (("layers", layers, _MOST_LAYERS), ("embed", embed, _MOST), ("heads", heads, _MOST)):
+        if not 1 <= size <= most:
+            raise ConfigError(f"{file.path}: the number of {name} is {size}, expected 1 to {most}")
+    kv_heads = keys.integer("attention.head_count_kv", heads)
+    head_dim = keys.integer("attention.key_length", None)
     if keys.get("attention.value_length", head_dim) != head_dim:
         raise ConfigError(f"{file.path}: {arch}.attention.value_length differs from key_length {head_dim}")
     head_size = head_dim or embed // heads
@@ -51,8 +58,8 @@ def config(file: File) -> DecoderConfig:
             raise ConfigError(f"{file.path}: {arch}.{name} {keys.get(name)} is not supported")
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path}: no tensor 'token_embd.weight'")
-    theta = float(keys.get("rope.freq_base", 10_000.0))
-    length = int(keys.need("context_length"))
+    theta = keys.real("rope.freq_base", 10_000.0)
+    length = keys.integer("context_length")
 
     def has(name: str) -> bool:
         return f"blk.0.{name}.bias" in file.tensors
@@ -64,10 +71,10 @@ def config(file: File) -> DecoderConfig:
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": None if head_size == embed // heads and embed % heads == 0 else head_size,
-        "mlp_dim": int(keys.need("feed_forward_length")),
+        "mlp_dim": keys.integer("feed_forward_length"),
         "max_length": length,
         # Written as float32: 9.99999997e-06 is 1e-05.
-        "norm_eps": float(f"{keys.need('attention.layer_norm_rms_epsilon'):.6g}"),
+        "norm_eps": float(f"{keys.real('attention.layer_norm_rms_epsilon'):.6g}"),
         "qkv_bias": has("attn_q"),
         "out_bias": has("attn_output"),
         "mlp_bias": has("ffn_down"),
@@ -78,10 +85,13 @@ def config(file: File) -> DecoderConfig:
     }
     if arch.startswith("gemma"):
         found |= _gemma(keys, arch, layers, embed, heads, head_size)
-    elif int(keys.get("attention.sliding_window", length)) < length:
+    elif keys.integer("attention.sliding_window", length) < length:
         raise ConfigError(f"{file.path}: {arch}.attention.sliding_window is not supported for this architecture")
     keys.check_all_read()
-    return DecoderConfig(**found)
+    try:
+        return DecoderConfig(**found)
+    except ConfigError as error:
+        raise ConfigError(f"{file.path}: {error}") from error
 
 
 def _gemma(keys: "_Keys", arch: str, layers: int, embed: int, heads: int, head_size: int) -> dict[str, Any]:
@@ -95,32 +105,32 @@ def _gemma(keys: "_Keys", arch: str, layers: int, embed: int, heads: int, head_s
     # The 27B models, known by their depth, scale attention by their width.
     scale = embed / heads if layers == {"gemma2": 46, "gemma3": 62}[arch] else head_size
     found |= {"norm_placement": "sandwich", "attention_scale": None if scale == head_size else scale**-0.5}
-    window = keys.get("attention.sliding_window", 4096 if arch == "gemma2" else None)
-    found["window"] = None if window is None else int(window)
+    window = keys.integer("attention.sliding_window", 4096 if arch == "gemma2" else None)
+    found["window"] = window
     if arch == "gemma2":
         found["window_pattern"] = (True, False)
         for option, key, usual in (("attention", "attn", 50.0), ("final", "final", 30.0)):
-            found[f"{option}_softcap"] = float(keys.get(f"{key}_logit_softcapping", usual))
+            found[f"{option}_softcap"] = keys.real(f"{key}_logit_softcapping", usual)
         return found
     for key in ("attn", "final"):
-        if (cap := keys.get(f"{key}_logit_softcapping")) is not None:
-            found[{"attn": "attention", "final": "final"}[key] + "_softcap"] = float(cap)
-    period = keys.get("attention.sliding_window_pattern", 6)
-    if isinstance(period, list):
-        found["window_pattern"] = tuple(bool(x) for x in period)
+        if (cap := keys.real(f"{key}_logit_softcapping", None)) is not None:
+            found[{"attn": "attention", "final": "final"}[key] + "_softcap"] = cap
+    if isinstance(keys.get("attention.sliding_window_pattern"), list):
+        found["window_pattern"] = tuple(bool(x) for x in keys.get("attention.sliding_window_pattern"))
     else:
-        found["window_pattern"] = (True,) * (int(period) - 1) + (False,)
+        period = keys.integer("attention.sliding_window_pattern", 6)
+        found["window_pattern"] = (True,) * min(period - 1, _MOST_LAYERS) + (False,)
     if window is not None:
-        found["rope_theta_local"] = float(keys.get("rope.freq_base_swa", 10_000.0))
+        found["rope_theta_local"] = keys.real("rope.freq_base_swa", 10_000.0)
     return found
 
 
 def _rope_scaling(keys: "_Keys", head_size: int, theta: float, length: int) -> RopeScaling | None:
     kind = keys.get("rope.scaling.type", "none")
-    factor = float(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0.0)) or 1.0)
-    original = int(keys.get("rope.scaling.original_context_length", 0) or 0)
-    attention_factor = keys.get("rope.scaling.attn_factor")
-    fast, slow = keys.get("rope.scaling.yarn_beta_fast", 32.0), keys.get("rope.scaling.yarn_beta_slow", 1.0)
+    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0)) or 1.0
+    original = keys.integer("rope.scaling.original_context_length", 0)
+    attention_factor = keys.real("rope.scaling.attn_factor", None)
+    fast, slow = keys.real("rope.scaling.yarn_beta_fast", 32.0), keys.real("rope.scaling.yarn_beta_slow", 1.0)
     keys.get("rope.scaling.finetuned")
     factors = keys.file.tensors.get("rope_freqs.weight")
     if kind not in ("none", "linear", "yarn"):
@@ -140,7 +150,14 @@ def _rope_scaling(keys: "_Keys", head_size: int, theta: float, length: int) -> R
 
 def _llama3_scaling(file: File, head_size: int, theta: float, original: int) -> RopeScaling:
     """The rule of Llama 3.1 that gives `rope_freqs.weight`: by how much each frequency is divided."""
-    divisors = file.tensors["rope_freqs.weight"].raw.view("<f4").reshape(-1)
+    tensor = file.tensors["rope_freqs.weight"]
+    if tensor.type != "F32" or tensor.shape != (head_size // 2,):
+        raise CheckpointError(
+            f"{file.path}: rope_freqs.weight is {tensor.type} {tensor.shape}, expected F32 ({head_size // 2},)"
+        )
+    divisors = tensor.raw.view("<f4").reshape(-1)
+    if not (np.isfinite(divisors).all() and (divisors >= 1).all()):
+        raise CheckpointError(f"{file.path}: rope_freqs.weight has numbers below 1, or not finite")
     plain = np.asarray(frequencies(head_size, theta))
     # Nothing but the largest divisor is in the file; the published models have these other numbers.
     for length in (original or 8192, 8192):
@@ -219,6 +236,23 @@ class _Keys:
         if name not in self.values:
             raise CheckpointError(f"{self.file.path}: no metadata '{self.prefix}{name}'")
         return self.get(name)
+
+    def integer(self, name: str, usual: Any = _NEEDED) -> Any:
+        """A whole number that a size may be; what is absent is `usual`."""
+        return self._of(name, usual, int, f"a whole number below {_MOST}")
+
+    def real(self, name: str, usual: Any = _NEEDED) -> Any:
+        """A finite number that is not negative, as a float."""
+        value = self._of(name, usual, (int, float), "a number")
+        return None if value is None else float(value)
+
+    def _of(self, name: str, usual: Any, kind: Any, expected: str) -> Any:
+        value = self.need(name) if usual is _NEEDED else self.get(name, usual)
+        if value is usual:
+            return usual
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < _MOST:
+            raise ConfigError(f"{self.file.path}: {self.prefix}{name} is {str(value)[:60]}, expected {expected}")
+        return value
 
     def check_all_read(self) -> None:
         if unread := sorted(set(self.values) - self.read):

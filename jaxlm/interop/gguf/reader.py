@@ -17,6 +17,7 @@ from jaxlm.core.errors import CheckpointError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MOST_DIMS, _MOST_NESTED = 4, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +55,35 @@ def read(path: str | Path) -> File:
         raise CheckpointError(f"{path}: not a GGUF file: it begins with {magic!r}")
     if version not in (2, 3):
         raise CheckpointError(f"{path}: GGUF version {version}, expected 2 or 3 (little-endian)")
-    metadata = {}
+    metadata: dict[str, Any] = {}
     for _ in range(key_count):
         key = header.string()
+        if key in metadata:
+            raise CheckpointError(f"{path}: the metadata have '{key}' twice")
         metadata[key] = header.value(header.unpack("I")[0])
     infos = []
     for _ in range(tensor_count):
         name = header.string()
-        dims = header.unpack(f"{header.unpack('I')[0]}Q")
+        (rank,) = header.unpack("I")
+        if not 1 <= rank <= _MOST_DIMS:
+            raise CheckpointError(f"{path}: tensor '{name}' has {rank} dimensions, expected 1 to {_MOST_DIMS}")
+        dims = header.unpack(f"{rank}Q")
+        if 0 in dims:
+            raise CheckpointError(f"{path}: tensor '{name}' has the shape {dims[::-1]}, expected no 0 in it")
         infos.append((name, dims[::-1], *header.unpack("IQ")))
     alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
+        raise CheckpointError(f"{path}: general.alignment is {alignment!r}, expected a small number of bytes")
     start = -(-header.at // alignment) * alignment
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, shape, kind, offset in infos:
+        if name in tensors:
+            raise CheckpointError(f"{path}: there are two tensors '{name}'")
         try:
             kind = gguf.GGMLQuantizationType(kind)
-        except ValueError:
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError):
             raise CheckpointError(f"{path}: tensor '{name}' has the unknown type number {kind}") from None
-        block, size = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise CheckpointError(
                 f"{path}: tensor '{name}' has rows of {shape[-1]}, no multiple of {kind.name}'s {block}"
@@ -95,30 +107,32 @@ class _Header:
     def unpack(self, form: str) -> tuple:
         try:
             values = struct.unpack_from("<" + form, self.data, self.at)
-        except struct.error as error:
+        except (struct.error, OverflowError) as error:
             raise CheckpointError(f"{self.path} is cut short: its header ends at byte {len(self.data):,}") from error
         self.at += struct.calcsize("<" + form)
         return values
 
     def string(self) -> str:
         (size,) = self.unpack("Q")
-        raw = bytes(self.data[self.at : self.at + size])
-        if len(raw) != size:
+        if size > len(self.data) - self.at:
             raise CheckpointError(f"{self.path} is cut short: its header ends at byte {len(self.data):,}")
+        raw = bytes(self.data[self.at : self.at + size])
         self.at += size
         # Vocabularies have been seen with pieces of characters.
         return raw.decode(errors="replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind in _SCALARS:
             return self.unpack(_SCALARS[kind])[0]
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
             raise CheckpointError(f"{self.path}: unknown type {kind} of a metadata value at byte {self.at:,}")
+        if depth == _MOST_NESTED:
+            raise CheckpointError(f"{self.path}: lists in lists more than {_MOST_NESTED} deep at byte {self.at:,}")
         kind, size = self.unpack("IQ")
         if kind in _SCALARS:
             return list(self.unpack(f"{size}{_SCALARS[kind]}"))
         if size > len(self.data):
             raise CheckpointError(f"{self.path}: a list of {size} values at byte {self.at:,}, longer than the file")
-        return [self.value(kind) for _ in range(size)]
+        return [self.value(kind, depth + 1) for _ in range(size)]

@@ -13,6 +13,7 @@ from jaxlm.core.errors import CheckpointError, ConfigError, nearest
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.interop.gguf.reader import File
 
+_LONGEST = 4096  # Merges are looked for at every place of every token.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -49,18 +50,20 @@ def tokenizer(file: File) -> HuggingFaceTokenizer | None:
     if kind == "no_vocab":
         return None
     definitions = {"gpt2": _byte_level_definition, "llama": _sentence_piece_definition}
-    if kind not in definitions:
+    if not isinstance(kind, str) or kind not in definitions:
         raise ConfigError(f"{file.path}: tokenizer.ggml.model '{kind}': {nearest(str(kind), definitions)}")
-    tokens: list[str] = _need(file, "tokens")
+    tokens: list[str] = _need(file, "tokens", str)
+    if long := [i for i, token in enumerate(tokens) if len(token) > _LONGEST]:
+        raise CheckpointError(f"{file.path}: tokens of more than {_LONGEST} characters: {long[:10]}")
     if twice := [token for token, times in collections.Counter(tokens).items() if times > 1]:
         raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens has some more than once: {twice[:10]}")
-    types = file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    types = _types(file) or [1] * len(tokens)
     if len(types) != len(tokens):
         raise CheckpointError(
             f"{file.path}: {len(tokens)} tokens, but {len(types)} entries in tokenizer.ggml.token_type"
         )
-    ids = {role: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
-    named = {role: tokens[i] for role, i in ids.items() if i is not None and 0 <= i < len(tokens)}
+    ids = {role: _id(file, key) for role, key in _ROLES.items()}
+    named = {role: tokens[i] for role, i in ids.items() if i is not None and i < len(tokens)}
     added = [
         {
             "id": i,
@@ -103,21 +106,21 @@ _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 def stop_ids(file: File) -> tuple[int, ...]:
     """The tokens that end a generation: end of text and end of turn, as the metadata or their usual names say."""
-    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
-    types = file.metadata.get("tokenizer.ggml.token_type") or []
-    named = [file.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
-    usual = [i for i, kind in enumerate(types) if kind == _CONTROL and tokens[i] in _ENDS]
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    named = [_id(file, role) for role in ("eos", "eot", "eom")]
+    usual = [i for i, (kind, token) in enumerate(zip(_types(file), tokens)) if kind == _CONTROL and token in _ENDS]
     return tuple(dict.fromkeys(i for i in (*named, *usual) if i is not None))
 
 
 def _byte_level_definition(file: File, tokens: list[str]) -> dict[str, Any]:
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise ConfigError(f"{file.path}: tokenizer.ggml.pre '{pre}': {nearest(str(pre), _PRE_TOKENIZERS)}")
     model = {
         "type": "BPE",
         "vocab": {token: i for i, token in enumerate(tokens)},
-        "merges": [merge.split(" ", 1) for merge in _need(file, "merges")],
+        "merges": [merge.split(" ", 1) for merge in _need(file, "merges", str)],
         "ignore_merges": pre == "llama-bpe",
     }
     return {
@@ -130,7 +133,7 @@ def _byte_level_definition(file: File, tokens: list[str]) -> dict[str, Any]:
 
 
 def _sentence_piece_definition(file: File, tokens: list[str]) -> dict[str, Any]:
-    scores = _need(file, "scores")
+    scores = _need(file, "scores", float)
     if len(scores) != len(tokens):
         raise CheckpointError(f"{file.path}: {len(tokens)} tokens, {len(scores)} entries in tokenizer.ggml.scores")
     space = "\u2581"
@@ -142,14 +145,16 @@ def _sentence_piece_definition(file: File, tokens: list[str]) -> dict[str, Any]:
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    unknown = file.metadata.get("tokenizer.ggml.unknown_token_id")
+    unknown = _id(file, "unknown")
+    if unknown is not None and unknown >= len(tokens):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.unknown_token_id is {unknown} of {len(tokens)} tokens")
     model = {
         "type": "BPE",
         "unk_token": None if unknown is None else tokens[unknown],
         "fuse_unk": True,
         "byte_fallback": True,
         "vocab": {token: i for i, token in enumerate(tokens)},
-        "merges": _merges(tokens, scores, file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)),
+        "merges": _merges(tokens, scores, _types(file) or [1] * len(tokens)),
     }
     return {
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
@@ -187,8 +192,21 @@ def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tu
     return [(left, right) for _, _, left, right in found]
 
 
-def _need(file: File, name: str) -> list:
+def _need(file: File, name: str, kind: type) -> list:
     value = file.metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(value, list):
-        raise CheckpointError(f"{file.path}: no list 'tokenizer.ggml.{name}' in the metadata")
+    if not isinstance(value, list) or not all(type(x) is kind for x in value):
+        raise CheckpointError(f"{file.path}: no list 'tokenizer.ggml.{name}' of {kind.__name__} in the metadata")
+    return value
+
+
+def _types(file: File) -> list[int]:
+    """The kinds of the tokens; empty where the file does not say."""
+    return _need(file, "token_type", int) if file.metadata.get("tokenizer.ggml.token_type") else []
+
+
+def _id(file: File, role: str) -> int | None:
+    """The id of the token in a role, if the file names one."""
+    value = file.metadata.get(f"tokenizer.ggml.{role}_token_id")
+    if value is not None and (type(value) is not int or not 0 <= value < 1 << 32):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.{role}_token_id is {str(value)[:60]}, expected an id")
     return value
