@@ -14,6 +14,7 @@ from jaxlm.optim.learning_rate import FromHparams
 from jaxlm.optim.normalized import HEAD_ROLES, NORMALIZATIONS, NORMALIZED_ROLES, scale_optimizer, swan
 from jaxlm.optim.optimizers import adamw, muon
 from jaxlm.optim.schedules import DECAY_SHAPES, Schedule, warmup_stable_decay
+from jaxlm.optim.skip import skip_spikes
 from jaxlm.optim.spam import spam, stable_spam
 
 OPTIMIZERS = (
@@ -101,6 +102,9 @@ class OptimizerConfig:
     """Times the learning rate; not on norms and biases."""
     clip_norm: float | None = 1.0
     """Global norm that gradients are clipped to."""
+    skip_spikes: float = 0.0
+    """Leaves out updates whose gradient norm is so many robust standard deviations above the median of the last 128;
+    6 is usual, 0 leaves out none."""
     scale: ScaleOptions = ScaleOptions()
     low_rank: LowRankOptions = LowRankOptions()
     spikes: SpikeOptions = SpikeOptions()
@@ -123,6 +127,8 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, expected a share from 0 to 1")
         if self.warmup + self.decay > 1:
             raise ConfigError(f"optimizer.warmup {self.warmup} + optimizer.decay {self.decay} is more than the run")
+        if not self.skip_spikes >= 0:
+            raise ConfigError(f"optimizer.skip_spikes is {self.skip_spikes}, expected 0 or more")
 
     def schedule(self, steps: int, peak: float | None = None) -> Schedule:
         """The learning rate of each step of a run of `steps`; `peak` by default is `learning_rate`."""
@@ -145,6 +151,10 @@ class OptimizerConfig:
         Raises:
           ConfigError: an option out of its range, or an optimizer whose roles match no parameter.
         """
+        tx = self._make(steps, axes, sweep)
+        return skip_spikes(tx, self.skip_spikes) if self.skip_spikes else tx
+
+    def _make(self, steps: int, axes: Any, sweep: bool) -> optax.GradientTransformationExtraArgs:
         schedule = FromHparams(schedule=self.schedule(steps, peak=1.0)) if sweep else self.schedule(steps)
         shared = {"axes": axes, "weight_decay": self.weight_decay, "clip_norm": self.clip_norm}
         adam = {"b1": self.b1, "b2": self.b2, "eps": self.eps}
