@@ -62,9 +62,9 @@ class Checkpoints:
         self._manager.reload()
         return sorted(self._manager.all_steps())
 
-    def tidy(self) -> None:
-        """Removes the temporary folders of saves that were killed or failed. Nothing may be saving here."""
-        for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
+    def tidy(self, step: int | str = "*") -> None:
+        """Removes the temporary folders of saves (of `step`) that were killed or failed, none of them in progress."""
+        for partial in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
 
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> bool:
@@ -156,7 +156,7 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> None:
         self.failures, self.problem, self._broken = self.failures + 1, _first_line(error), True
-        self.tidy()  # where the disk is full, what was half written is in the way
+        self.tidy(step)  # where the disk is full, what was half written is in the way
         good = [s for s in self._manager.all_steps() if (self.folder / str(s)).exists()]
         warnings.warn(
             f"checkpoint of step {step} could not be saved: {_first_line(error)}; training goes on, the last good "
