@@ -32,8 +32,8 @@ def skip_spikes(
     (1.4826 times the median absolute deviation, but at least a tenth of the median), once `warmup` are known. Skipped
     norms count among the last ones, so that a lasting change of scale is followed after half a window at most.
 
-    Source: skipping as in OLMo 2's `SkipStepAdamW` (6 standard deviations, 128 steps), which takes mean and deviation
-    of the loss and of the norm, where one spike widens the bound for the next; here medians, and the norm alone.
+    Source: skipping as `SkipStepAdamW` of OLMo-core does (6 standard deviations, 128 steps); the released code differs:
+    mean and deviation, by which one spike hides the next, and of the loss as well as of the norm.
 
     Raises:
       ConfigError: `deviations` not above 0; not 2 <= `warmup` <= `window`.
