@@ -63,9 +63,11 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def tidy(self, step: int | str = "*") -> None:
-        """Removes the temporary folders of saves (of `step`) that were killed or failed, none of them in progress."""
+        """Removes what saves (of `step`) that were killed or failed left half written. None may be in progress."""
         for partial in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
+        for partial in self.folder.glob(f"sums/.{step}.json.*"):
+            partial.unlink(missing_ok=True)
 
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> bool:
         """Starts to save; returns whether it could. `meta` must be JSON."""

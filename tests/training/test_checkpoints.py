@@ -204,7 +204,9 @@ def test_an_error_in_the_background_does_not_spoil_the_next_save(saved, monkeypa
 def test_leftovers_of_killed_saves_go_when_a_run_begins(saved):
     for name in ("4.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-17"):
         (saved.folder / name / "state").mkdir(parents=True)
+    (saved.folder / "sums" / ".4.json.x1y2.partial").touch()
     saved.tidy()
+    assert sorted(p.name for p in (saved.folder / "sums").iterdir()) == ["2.json", "3.json"]
     assert sorted(p.name for p in saved.folder.iterdir()) == ["2", "3", "sums"]
     assert saved.restore(abstract(make_state())).step == 3
 
