@@ -85,6 +85,21 @@ def test_the_step_reports_it():
     np.testing.assert_allclose(state.trainable["w"], -4.1 * np.ones(3), rtol=1e-6)
 
 
+def test_its_state_lies_on_a_mesh_like_that_of_the_optimizer_inside():
+    from jaxlm.core.sharding import MeshConfig, make_mesh
+    from jaxlm.models import Decoder, DecoderConfig
+    from jaxlm.objectives import CausalLM
+    from jaxlm.training import Program
+
+    model = Decoder(DecoderConfig(vocab_size=64, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32, max_length=8))
+    tx = OptimizerConfig(skip_spikes=6.0).make(10, model.axes())
+    places = Program(model, CausalLM(model), tx, make_mesh(MeshConfig(data=1, fsdp=8))).shardings.opt_state
+    plain = OptimizerConfig().make(10, model.axes())
+    expected = Program(model, CausalLM(model), plain, make_mesh(MeshConfig(data=1, fsdp=8))).shardings.opt_state
+    assert jax.tree.leaves(places.inner) == jax.tree.leaves(expected)
+    assert all(place.is_fully_replicated for place in (places.norms, places.seen, places.skipped))
+
+
 def test_it_is_a_setting_and_bad_ones_are_named():
     state = OptimizerConfig(skip_spikes=6.0).make(10, AXES).init({"w": jnp.ones((4, 6))})
     assert state.norms.shape == (128,)
