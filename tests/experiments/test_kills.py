@@ -193,22 +193,23 @@ def test_processes_killed_while_they_read_write_and_evaluate_resume_to_the_same_
 
 
 @pytest.mark.release
-def test_sixty_kills_in_a_row(tmp_path):
-    """Over the whole life of real processes; a run that ends nevertheless is checked, and the next one begins."""
-    chance, starter = random.Random(0), Starter(forked=False)
-    expected = uninterrupted(tmp_path / "whole", starter)
-    moments = ["start", "data", "write", "write", "evaluation", "step", "step", "deadline", "twice"]
-    killed, ended = [], 0
-    runs = Runs(tmp_path / "0", starter)
-    while len(killed) < 60:
-        moment = chance.choice(moments)
-        if runs.strike(moment, chance):
-            killed.append(moment)
-            assert len(runs.leftovers()) <= 3
-        elif (runs.out / "report.json").is_file():
-            check_finished(runs, expected)
-            ended += 1
-            runs = Runs(tmp_path / str(ended), starter)
-    runs.finish()
+@pytest.mark.parametrize(("kills", "forked"), [(60, True), (10, False)])
+def test_many_kills_in_a_row(kills, forked, tmp_path):
+    """Over the whole life of processes; a run that ends nevertheless is checked, and the next one begins."""
+    with contextlib.closing(Starter(forked=forked)) as starter:
+        chance, expected = random.Random(0), uninterrupted(tmp_path / "whole", starter)
+        moments = ["start", "data", "write", "write", "evaluation", "step", "step", "deadline", "twice"]
+        killed, ended = [], 0
+        runs = Runs(tmp_path / "0", starter)
+        while len(killed) < kills:
+            moment = chance.choice(moments)
+            if runs.strike(moment, chance):
+                killed.append(moment)
+                print(f"kill {len(killed)}: {moment}, {len(runs.lines())} lines", flush=True)
+                assert len(runs.leftovers()) <= 3
+            elif (runs.out / "report.json").is_file():
+                check_finished(runs, expected)
+                ended += 1
+                runs = Runs(tmp_path / str(ended), starter)
+        runs.finish()
     check_finished(runs, expected)
-    print(f"{len(killed)} kills, {ended + 1} runs:", {moment: killed.count(moment) for moment in moments})
