@@ -89,6 +89,12 @@ class Config:
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     non_finite: str = "stop"
+    """What a loss or gradient that is not finite does: `stop` the run, or `skip` the step and count it."""
+    max_skipped: int = 10
+    """With `skip`: steps skipped in a row after which the run stops all the same."""
+    spike_threshold: float = 6.0
+    """A loss so many robust standard deviations above the median of the last 64 is written down in `incidents`, with
+    where its batch comes from; 0: none. (`optimizer.skip_spikes` leaves the updates of such gradients out.)"""
     prompts: tuple[str, ...] = ()
     """User turns to reply to, before and after."""
     sample_tokens: int = 64
@@ -97,9 +103,12 @@ class Config:
         for name, known in (("objective", OBJECTIVES), ("method", METHODS), ("non_finite", ("stop", "skip"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is '{getattr(self, name)}': {nearest(getattr(self, name), known)}")
-        for name in ("batch_size", "micro_batches", "checkpoint_every", "keep_checkpoints", "sample_tokens"):
+        counts = ("batch_size", "micro_batches", "checkpoint_every", "keep_checkpoints", "max_skipped", "sample_tokens")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not self.spike_threshold >= 0:
+            raise ConfigError(f"spike_threshold is {self.spike_threshold}, expected 0 or more")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"steps is {self.steps}, expected at least 1")
         if self.epochs <= 0:
@@ -144,19 +153,14 @@ def run(config: Config, out: Path) -> Report:
 def _train(config: Config, out: Path) -> Report:
     from jaxlm.core import trees
     from jaxlm.core.sharding import make_mesh
-    from jaxlm.data.chat_jinja import model_template
-    from jaxlm.interop.load import load
     from jaxlm.testing import tiny_checkpoint
     from jaxlm.training import train_in_folder
 
     mesh = make_mesh(config.mesh)
     base = tiny_checkpoint(out / "base") if config.model == TINY else config.model
-    found = load(base, dtype=config.dtype, packed=config.packed, mesh=mesh)
-    if found.tokenizer is None:
-        raise ConfigError(f"{base} comes without a tokenizer")
-    template = model_template(config.data.template, found.chat_template)
+    found, template = load_base(config, base, mesh)
     batches, validation, notes = make_batches(config, found, template)
-    steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
+    steps = count_steps(config, batches)
     program, frozen = make_program(config, found, mesh, steps)
     program.check_batch(config.batch_size)
     for note in notes:
@@ -184,12 +188,38 @@ def _train(config: Config, out: Path) -> Report:
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
         non_finite=config.non_finite,
+        max_skipped=config.max_skipped,
+        spike_threshold=config.spike_threshold,
     )
     params = build(state.trainable, frozen, state.step)
     where = export(config, found, params, str(base), out)
     samples += reply(config, found, template, params, "after")
     numbers = {"trained parameters": trees.count(state.trainable), "steps": steps}
     return report(out, numbers, [*notes, f"saved as {where}"], samples)
+
+
+def recorded_batches(config: Config, out: Path) -> tuple[Any, Any, int]:
+    """The batches of the run in `out` (whole ones, from the first on), its tokenizer, and how many steps it has."""
+    base = out / "base" if config.model == TINY else config.model
+    found, template = load_base(config, base)
+    batches, _, _ = make_batches(config, found, template)
+    return batches, found.tokenizer, count_steps(config, batches)
+
+
+def load_base(config: Config, base: str | Path, mesh: Any = None) -> tuple[Any, Any]:
+    """The model to begin with and its chat template."""
+    from jaxlm.data.chat_jinja import model_template
+    from jaxlm.interop.load import load
+
+    found = load(base, dtype=config.dtype, packed=config.packed, mesh=mesh)
+    if found.tokenizer is None:
+        raise ConfigError(f"{base} comes without a tokenizer")
+    return found, model_template(config.data.template, found.chat_template)
+
+
+def count_steps(config: Config, batches: Any) -> int:
+    """The steps of the run: as configured, or so many passes over the rows."""
+    return config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
 
 
 def make_batches(config: Config, found: Any, template: Any) -> tuple[Any, Any, list[str]]:

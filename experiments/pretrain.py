@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments import runner
 from jaxlm.core.configs import to_dict
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import CheckpointError, ConfigError
 from jaxlm.core.precision import BFLOAT16
 from jaxlm.core.sharding import MeshConfig
 from jaxlm.data.prepare import DataConfig, Prepared, mixture_weights, prepare_data
@@ -52,7 +52,12 @@ class Config:
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     non_finite: str = "stop"
-    """What a loss that is not finite does: `stop` the run, or `skip` the step and count it."""
+    """What a loss or gradient that is not finite does: `stop` the run, or `skip` the step and count it."""
+    max_skipped: int = 10
+    """With `skip`: steps skipped in a row after which the run stops all the same."""
+    spike_threshold: float = 6.0
+    """A loss so many robust standard deviations above the median of the last 64 is written down in `incidents`, with
+    where its batch comes from; 0: none. (`optimizer.skip_spikes` leaves the updates of such gradients out.)"""
     profile_steps: int = 0
     """Steps to trace for TensorBoard, from the tenth on."""
     prompts: tuple[str, ...] = ("def ", "import ", "class ")
@@ -60,9 +65,11 @@ class Config:
     sample_tokens: int = 64
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "micro_batches", "checkpoint_every", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "micro_batches", "checkpoint_every", "keep_checkpoints", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not self.spike_threshold >= 0:
+            raise ConfigError(f"spike_threshold is {self.spike_threshold}, expected 0 or more")
         if self.non_finite not in ("stop", "skip"):
             raise ConfigError(f"non_finite is '{self.non_finite}' (valid: skip, stop)")
 
@@ -180,7 +187,6 @@ def _train(config: Config, out: Path) -> Report:
     import jax
 
     from jaxlm.core import trees
-    from jaxlm.data.pipeline import make_train_iterator
     from jaxlm.models.flops import train_flops_per_token
     from jaxlm.training import keep_tokenizer, train_in_folder
 
@@ -188,17 +194,7 @@ def _train(config: Config, out: Path) -> Report:
     data = prepare_data(config.data, seed=config.seed)
     check_vocabulary(config, data)
     keep_tokenizer(data.tokenizer, out / "tokenizer")
-    tokens = config.steps * config.batch_size * config.data.sequence_length
-    batches = make_train_iterator(
-        data.train,
-        batch_size=config.batch_size,
-        length=config.data.sequence_length,
-        seed=config.seed,
-        weights=mixture_weights(config.data, data.train, tokens),
-        unit=config.data.unit,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = make_batches(config, data, process_index=jax.process_index(), process_count=jax.process_count())
     with contextlib.closing(batches):
         state = train_in_folder(
             out,
@@ -213,11 +209,41 @@ def _train(config: Config, out: Path) -> Report:
             checkpoint_every=config.checkpoint_every,
             keep_checkpoints=config.keep_checkpoints,
             non_finite=config.non_finite,
+            max_skipped=config.max_skipped,
+            spike_threshold=config.spike_threshold,
             flops_per_token=train_flops_per_token(config.model, config.data.sequence_length),
             profile_steps=config.profile_steps,
         )
     samples = write_samples(config, program, state.trainable, data)
     return report(config, out, trees.count(state.trainable), samples)
+
+
+def make_batches(config: Config, data: Prepared, **processes: int) -> Any:
+    """The training batches; `process_index` and `process_count` say which part of each."""
+    from jaxlm.data.pipeline import make_train_iterator
+
+    tokens = config.steps * config.batch_size * config.data.sequence_length
+    return make_train_iterator(
+        data.train,
+        batch_size=config.batch_size,
+        length=config.data.sequence_length,
+        seed=config.seed,
+        weights=mixture_weights(config.data, data.train, tokens),
+        unit=config.data.unit,
+        timeout=config.data.timeout,
+        **processes,
+    )
+
+
+def recorded_batches(config: Config, out: Path) -> tuple[Any, Any, int]:
+    """The batches of the run in `out` (whole ones, from the first on), its tokenizer, and how many steps it has."""
+    from jaxlm.training import keep_tokenizer
+
+    if not (out / "tokenizer").is_dir():
+        raise CheckpointError(f"{out} has no tokenizer: the run ended before its data were ready")
+    data = prepare_data(config.data, seed=config.seed)
+    keep_tokenizer(data.tokenizer, out / "tokenizer")  # refuses another one
+    return make_batches(config, data), data.tokenizer, config.steps
 
 
 def check_vocabulary(config: Config, data: Prepared) -> None:

@@ -17,6 +17,8 @@ found before any compute; 130 interrupted, and the same command resumes.
 import contextlib
 import dataclasses
 import difflib
+import errno
+import os
 import shlex
 import sys
 import textwrap
@@ -35,12 +37,12 @@ from jaxlm.reporting.report import Report, format_cell
 
 def main(name: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the experiment in module `name` with the words of the command line, and exits."""
-    sys.exit(execute(sys.modules[name], sys.argv[1:] if argv is None else argv))
+    _exit(execute(sys.modules[name], sys.argv[1:] if argv is None else argv))
 
 
 def tool(name: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the tool in module `name` with the words of the command line, and exits."""
-    sys.exit(execute_tool(sys.modules[name], sys.argv[1:] if argv is None else argv))
+    _exit(execute_tool(sys.modules[name], sys.argv[1:] if argv is None else argv))
 
 
 def execute(experiment: ModuleType, argv: Sequence[str]) -> int:
@@ -157,7 +159,7 @@ def open_run_folder(out: Path, config: Any) -> None:
     Fields that an older run does not have count as their defaults.
 
     Raises:
-      ConfigError: the path is a file.
+      ConfigError: the path is a file, or cannot be written to.
       CheckpointError: the folder holds another config; lists the differences.
     """
     from jaxlm.reporting.run_folder import read_config
@@ -166,7 +168,10 @@ def open_run_folder(out: Path, config: Any) -> None:
         raise ConfigError(f"--out {out}: is a file, expected a folder")
     path = out / "config.json"
     if not path.exists():
-        write_json(path, to_dict(config))
+        try:
+            write_json(path, to_dict(config))
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot write there: {error.strerror}") from error
         return
     old = read_config(out)
     with contextlib.suppress(ConfigError):  # of another experiment: the differences say so
@@ -227,11 +232,33 @@ def _guard(argv: Sequence[str], command: str | None, prepare: Callable[[], Any],
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 1 if ready and not isinstance(error, (ConfigError, DataError)) else 2
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        if "--debug" in argv:
+            traceback.print_exc()
+        resume = f"; when that is mended, the same command goes on: {command}" if command and ready else ""
+        print(f"error: {error.strerror}: {error.filename or 'while writing'}{resume}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         resume = f"; resume with: {command}" if command and ready else ""
         print(f"\ninterrupted{resume}", file=sys.stderr)
         return 130
     return 0
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+"""What the machine, not the program, is to blame for."""
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process, also where a read hangs in a thread that an orderly exit would wait for."""
+    watch = sys.modules.get("jaxlm.data.watch")
+    if watch is not None and watch.stalled():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _preset(presets: dict[str, Any], argv: Sequence[str]) -> str:

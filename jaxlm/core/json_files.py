@@ -3,11 +3,11 @@
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import DataError
+from jaxlm.core.temporary import beside
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -79,16 +79,10 @@ def write_json(path: Path | str, value: Any) -> None:
 def write_text(path: Path | str, text: str) -> None:
     """Replaces a text file in one move."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+    with beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read(path: Path | str) -> bytes:

@@ -1,11 +1,11 @@
 """Where derived files are kept, written so that a killed process leaves nothing half done."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from jaxlm.core.temporary import beside
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
@@ -23,9 +23,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     process made `target` meanwhile, theirs stays and ours is dropped.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with beside(target, folder=True) as temporary:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
         for file in temporary.rglob("*"):
@@ -37,8 +35,6 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         except OSError:
             if not target.is_dir():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _umask() -> int:

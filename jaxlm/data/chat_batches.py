@@ -22,7 +22,7 @@ from jaxlm.data.pipeline import local_rows
 class ExampleBatches:
     """Endless batches of rows of examples. `source[step]` is the batch at a step; `next` gives them in order.
 
-    A subclass sets `count`, the number of rows, and writes `gather`.
+    A subclass sets `count`, the number of rows, and writes `gather` and `pieces`.
 
     Args:
       examples: what rows are made of; their contents decide the fingerprint.
@@ -57,6 +57,10 @@ class ExampleBatches:
 
     def gather(self, rows: Int[np.ndarray, "rows"], following: Int[np.ndarray, "rows"]) -> Batch:
         """The arrays of some rows, axis 0 being the rows; `following[i]` comes after `rows[i]` in the batch."""
+        raise NotImplementedError
+
+    def pieces(self, row: int) -> list[Piece]:
+        """The examples that a row is made of."""
         raise NotImplementedError
 
     @property
@@ -107,6 +111,22 @@ class ExampleBatches:
             raise DataError(f"the checkpoint's place in the data is damaged: next_step is {step!r}")
         self.next_step = step
 
+    def provenance(self, step: int) -> dict[str, Any]:
+        """Where the global batch at `step` comes from, as JSON: for each row its number, its epoch, the sum of its
+        loss weights, and its `pieces`: `[example, first pair, pair after the last]`."""
+        rows = self.row_indices(step)
+        weights = self.gather(rows, np.roll(rows, -1))["loss_weights"].reshape(len(rows), -1).sum(axis=1)
+        described = [
+            {
+                "row": int(row),
+                "epoch": (int(step) * self.batch_size + i) // self.count,
+                "weight": float(weight),
+                "pieces": [list(map(int, piece)) for piece in self.pieces(int(row))],
+            }
+            for i, (row, weight) in enumerate(zip(rows, weights))
+        ]
+        return {"index": int(step), **self.identity(), "rows": described}
+
     def identity(self) -> dict[str, Any]:
         """What must not change between saving and resuming (the number of processes may)."""
         return {
@@ -140,6 +160,9 @@ class ChatBatches(ExampleBatches):
     def gather(self, rows, following):
         return fill_rows(self.examples, [self.plan[r] for r in rows], self.length)
 
+    def pieces(self, row):
+        return self.plan[row]
+
     def identity(self):
         return {**super().identity(), "pack": self.pack}
 
@@ -158,6 +181,9 @@ class PairBatches(ExampleBatches):
         plan = _whole(self.examples, np.stack([2 * rows, 2 * rows + 1], axis=1).reshape(-1))
         filled = fill_rows(self.examples, plan, self.length)
         return {name: x.reshape(len(rows), 2, self.length) for name, x in filled.items()}
+
+    def pieces(self, row):
+        return [piece for (piece,) in _whole(self.examples, [2 * row, 2 * row + 1])]
 
 
 class LabeledBatches(ExampleBatches):
@@ -185,6 +211,9 @@ class LabeledBatches(ExampleBatches):
         kl = fill_rows(mixed, _whole(mixed, np.arange(len(mixed))), self.length)
         labels = np.asarray([self.data.labels[r] for r in rows], dtype=np.float32)
         return {**batch, **{f"kl_{name}": x for name, x in kl.items()}, "labels": labels}
+
+    def pieces(self, row):
+        return [piece for (piece,) in _whole(self.examples, [row])]
 
     def _mismatched(self, row: int, other: int) -> Batch:
         """The prompt of one example and the completion of another: pair t has token t + 1 as its target."""

@@ -152,6 +152,11 @@ class Schedule:
             self.names, [(step * batch_size, np.asarray(weights) * scale) for step, weights in self.entries]
         )
 
+    def weights_at(self, step: int) -> dict[str, float]:
+        """The weight of each source at a step, as it was given."""
+        weights = next(weights for start, weights in reversed(self.entries) if start <= step)
+        return dict(zip(self.names, weights))
+
     def to_json(self) -> list[Any]:
         """Plain lists; the inverse of `from_json`."""
         return [[step, list(weights)] for step, weights in self.entries]

@@ -40,26 +40,16 @@ def read_rows(
       `inputs, targets, segment_ids, positions` (int32) and `loss_weights` (float32), each `[rows, length]`.
       Only the last row of a source has padding: zeros throughout.
     """
-    rows = np.asarray(rows, dtype=np.int64)
-    sources = np.broadcast_to(store.source_index(source) if isinstance(source, str) else source, rows.shape)
-    limits = count_rows(store, length)[sources]
-    if ((rows < 0) | (rows >= limits)).any():
-        row = int(np.flatnonzero((rows < 0) | (rows >= limits))[0])
-        name = store.source_names[sources[row]]
-        raise DataError(f"no row {rows[row]} in source '{name}': it has {limits[row]} of length {length}")
+    begin, end, first, last = _spans(store, source, rows, length)
     pair_starts = store.pair_starts
-    begin = pair_starts[store.document_starts[sources]] + rows * length
-    end = np.minimum(begin + length, pair_starts[store.document_starts[sources + 1]])
-    first = np.searchsorted(pair_starts, begin, side="right") - 1
-    last = np.searchsorted(pair_starts, end, side="left") - 1
 
     # Documents first + 1 to last begin inside the row.
     inside = last - first
-    row_of = np.repeat(np.arange(len(rows)), inside)
+    row_of = np.repeat(np.arange(len(begin)), inside)
     nth = np.arange(len(row_of)) - np.repeat(np.cumsum(inside) - inside, inside)
     column_of = pair_starts[first[row_of] + 1 + nth] - begin[row_of]
     columns = np.arange(length, dtype=np.int32)
-    starts = np.zeros((len(rows), length), dtype=np.int32)
+    starts = np.zeros((len(begin), length), dtype=np.int32)
     starts[row_of, column_of] = 1
     segment = np.cumsum(starts, axis=1, dtype=np.int32)
     starts[row_of, column_of] = column_of
@@ -74,7 +64,7 @@ def read_rows(
     batch = {
         "inputs": store.tokens[at].astype(np.int32),
         "targets": store.tokens[at + 1].astype(np.int32),
-        "loss_weights": np.ones((len(rows), length), dtype=np.float32),
+        "loss_weights": np.ones((len(begin), length), dtype=np.float32),
         "segment_ids": segment + 1,
         "positions": positions,
     }
@@ -93,6 +83,22 @@ class Piece(NamedTuple):
 
 
 Plan = list[list[Piece]]
+
+
+def row_plan(
+    store: TokenStore, source: int | str | Int[np.ndarray, "rows"], rows: Int[np.ndarray, "rows"], length: int
+) -> Plan:
+    """What the rows of `read_rows` are made of: the pieces' examples are documents of the store, by index."""
+    plan: Plan = []
+    for begin, end, first, last in zip(*_spans(store, source, rows, length)):
+        bounds = np.concatenate([[begin], store.pair_starts[first + 1 : last + 1], [end]])
+        plan.append(
+            [
+                Piece(d, int(start - store.pair_starts[d]), int(stop - store.pair_starts[d]))
+                for d, start, stop in zip(range(first, last + 1), bounds, bounds[1:])
+            ]
+        )
+    return plan
 
 
 def pack_best_fit_decreasing(lengths: Sequence[int], length: int) -> Plan:
@@ -168,6 +174,25 @@ def fill_rows(examples: Sequence[Mapping[str, np.ndarray]], plan: Plan, length: 
             batch["positions"][r, column:end] = np.arange(stop - start)
             column = end
     return batch
+
+
+def _spans(
+    store: TokenStore, source: int | str | np.ndarray, rows: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each row: its first pair and the one after its last, counted over the store; its first and last document."""
+    rows = np.asarray(rows, dtype=np.int64)
+    sources = np.broadcast_to(store.source_index(source) if isinstance(source, str) else source, rows.shape)
+    limits = count_rows(store, length)[sources]
+    if ((rows < 0) | (rows >= limits)).any():
+        row = int(np.flatnonzero((rows < 0) | (rows >= limits))[0])
+        name = store.source_names[sources[row]]
+        raise DataError(f"no row {rows[row]} in source '{name}': it has {limits[row]} of length {length}")
+    pair_starts = store.pair_starts
+    begin = pair_starts[store.document_starts[sources]] + rows * length
+    end = np.minimum(begin + length, pair_starts[store.document_starts[sources + 1]])
+    first = np.searchsorted(pair_starts, begin, side="right") - 1
+    last = np.searchsorted(pair_starts, end, side="left") - 1
+    return begin, end, first, last
 
 
 def _best_fit(pieces: list[Piece], length: int) -> Plan:

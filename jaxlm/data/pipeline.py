@@ -15,11 +15,12 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxlm.core.configs import differences
-from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.core.errors import ConfigError, DataError, JaxlmError
 from jaxlm.data.mixture import RESOLUTION, Schedule, ScheduledMixture
-from jaxlm.data.packing import Batch, count_rows, read_rows
+from jaxlm.data.packing import Batch, count_rows, read_rows, row_plan
 from jaxlm.data.permutation import permutation_key, permuted
 from jaxlm.data.store import TokenStore
+from jaxlm.data.watch import TIMEOUT, Reader
 
 Unit = Literal["tokens", "documents"]
 
@@ -94,6 +95,27 @@ class BatchSource:
         row = permuted(position, source_rows[source], key)
         return source, row, epoch
 
+    def provenance(self, step: int) -> dict[str, Any]:
+        """Where the global batch at `step` comes from, as JSON: all that is needed to make it again.
+
+        `rows` has for each row its source, its place in it, the epoch, the sum of its loss weights and its `pieces`:
+        `[document of the store, first pair, pair after the last]`, pair t being tokens t and t + 1.
+        """
+        source, row, epoch = self.rows(int(step) * self.batch_size + np.arange(self.batch_size))
+        weights = read_rows(self.store, source, row, self.length)["loss_weights"].sum(axis=1)
+        plan = row_plan(self.store, source, row, self.length)
+        rows = [
+            {
+                "source": self.store.source_names[s],
+                "row": int(r),
+                "epoch": int(e),
+                "weight": float(w),
+                "pieces": [list(map(int, piece)) for piece in pieces],
+            }
+            for s, r, e, w, pieces in zip(source, row, epoch, weights, plan)
+        ]
+        return {"index": int(step), "mixture": self.schedule.weights_at(step), **self.identity(), "rows": rows}
+
     def identity(self) -> dict[str, Any]:
         """What must not change between saving and resuming (the number of processes may)."""
         return {
@@ -113,11 +135,12 @@ class TrainIterator:
     the last batch that `next` returned. Made by `make_train_iterator`.
     """
 
-    def __init__(self, source: BatchSource, *, workers: int = 0, buffer: int = 2):
+    def __init__(self, source: BatchSource, *, workers: int = 0, buffer: int = 2, timeout: float = TIMEOUT):
         self.source = source
         self.next_step = 0
         self._workers, self._buffer = workers, buffer
         self._iterator = None
+        self._reader = Reader(timeout)
 
     def __iter__(self) -> "TrainIterator":
         return self
@@ -125,9 +148,20 @@ class TrainIterator:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._open()
-        batch = next(self._iterator)
+        try:
+            batch = self._reader(self._iterator.__next__, self._what)
+        except JaxlmError:
+            # It cannot be closed: that would wait for a read that hangs.
+            self._iterator = None
+            raise
+        except Exception as error:
+            raise DataError(f"{self._what()}: reading failed: {type(error).__name__}: {error}") from error
         self.next_step += 1
         return batch
+
+    def provenance(self, step: int) -> dict[str, Any]:
+        """As `BatchSource.provenance`, with the schedule as it is now."""
+        return self.source.provenance(step)
 
     def get_state(self) -> dict[str, Any]:
         """JSON for a checkpoint; the same on all processes."""
@@ -171,6 +205,14 @@ class TrainIterator:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+        self._reader.close()
+
+    def _what(self) -> str:
+        """The batch that is being read, for errors."""
+        first = self.next_step * self.source.batch_size
+        sources, _, _ = self.source.rows(np.arange(first, first + self.source.batch_size))
+        names = ", ".join(f"'{self.source.store.source_names[s]}'" for s in np.unique(sources))
+        return f"batch of step {self.next_step + 1} from {names} in {self.source.store.folder}"
 
     def _restart(self, source: BatchSource, next_step: int) -> None:
         self.close()
@@ -207,6 +249,7 @@ def make_train_iterator(
     process_count: int = 1,
     workers: int = 0,
     buffer: int = 2,
+    timeout: float = TIMEOUT,
 ) -> TrainIterator:
     """An iterator over training batches from step 0; `set_state` moves it.
 
@@ -216,6 +259,8 @@ def make_train_iterator(
       workers: processes to read in. Reading rows is far faster than training on them, so 0, a thread in this
         process, is right unless transforms are added.
       buffer: batches to read ahead; 0 reads when asked.
+      timeout: seconds that a batch may take; 0 waits for ever. It and a reading process that died are `DataError`s
+        that name the sources.
     """
     if weights is None:
         weights = store.source_pairs if unit == "tokens" else store.source_documents
@@ -224,7 +269,7 @@ def make_train_iterator(
         store, schedule, batch_size=batch_size, length=length, seed=seed, unit=unit,
         process_index=process_index, process_count=process_count,
     )  # fmt: skip
-    return TrainIterator(source, workers=workers, buffer=buffer)
+    return TrainIterator(source, workers=workers, buffer=buffer, timeout=timeout)
 
 
 def eval_batches(

@@ -18,6 +18,7 @@ from jaxlm.data.pipeline import Unit
 from jaxlm.data.sources import Document, huggingface_documents, list_files, read_documents
 from jaxlm.data.store import FORMAT, TokenStore, build_store, open_store
 from jaxlm.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from jaxlm.data.watch import TIMEOUT, watched
 
 Documents = Callable[[], Iterator[Document]]
 # Of the hash that holds documents out: never the run's seed, so that all runs are judged on the same text.
@@ -57,8 +58,12 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of each source that is held out: documents by a hash of their name, or, where a source has fewer
     than 1 / fraction of them, the end of each."""
+    timeout: float = TIMEOUT
+    """Seconds that a source may take for its next document or batch, before the run stops with its name; 0: none."""
 
     def __post_init__(self):
+        if not self.timeout >= 0:
+            raise ConfigError(f"timeout is {self.timeout}, expected seconds, or 0 for no limit")
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
         if self.hf_documents < 1:
@@ -236,7 +241,14 @@ def _sources(
         file.suffix in (".txt", ".md", ".py", ".jsonl") for of_source in files for file, _ in of_source
     )
     total = sum(size for of_source in inputs for _, size, _ in of_source) if plain else None
-    return dict(zip(names, readers)), [names, inputs, config.hf_split], total
+    limited = {
+        name: partial(_watched, read, name, config.timeout) for name, read in zip(names, readers, strict=True)
+    }
+    return limited, [names, inputs, config.hf_split], total
+
+
+def _watched(read: Documents, name: str, timeout: float) -> Iterator[Document]:
+    return watched(read(), name, timeout)
 
 
 def _fetch(config: DataConfig, cache: Path, progress: bool) -> Path | None:
@@ -256,7 +268,7 @@ def _fetch(config: DataConfig, cache: Path, progress: bool) -> Path | None:
             open(temporary / "documents.jsonl", "w", encoding="utf-8") as out,
         ):
             numbers = track(range(config.hf_documents), f"fetching {config.hf}", disable=not progress)
-            for _, document in zip(numbers, documents):
+            for _, document in zip(numbers, watched(documents, config.hf, config.timeout)):
                 out.write(json.dumps({"text": document.text}) + "\n")
     return folder / "documents.jsonl"
 

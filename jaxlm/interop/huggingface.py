@@ -12,8 +12,6 @@ unpickled, no code of a checkpoint is run.
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from jaxlm.core import sharding, trees
 from jaxlm.core.errors import CheckpointError, ConfigError
 from jaxlm.core.json_files import read_object, read_text
 from jaxlm.core.precision import Precision
+from jaxlm.core.temporary import beside
 from jaxlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from jaxlm.interop import hf_config, hf_tensors, tensor_files
 from jaxlm.interop.hf_hub import resolve
@@ -131,9 +130,7 @@ def save(
     ids = _generation_ids(tokenizer, stop_ids)
     values |= {**ids, "torch_dtype": DTYPES[planned[0].dtype].name}
 
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-    try:
+    with beside(folder.absolute(), folder=True) as new:
         tensor_files.write_tensors(new, planned, _arrays(tensors, config, params), max_shard_bytes)
         _write_json(new / "config.json", values)
         _write_json(new / "generation_config.json", ids)
@@ -142,8 +139,6 @@ def save(
         if chat_template is not None:
             (new / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         _swap(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 # Weights.
@@ -381,9 +376,8 @@ def _swap(new: Path, folder: Path) -> None:
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
     if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-        os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old)
+        with beside(folder.absolute(), folder=True) as old:
+            os.replace(folder, old)
+            os.replace(new, folder)
     else:
         os.replace(new, folder)

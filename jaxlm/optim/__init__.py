@@ -29,6 +29,7 @@ from jaxlm.optim.optimizers import adamw, muon
 from jaxlm.optim.projection import Projection
 from jaxlm.optim.reset import reset_state_every
 from jaxlm.optim.schedules import Schedule, quick_recovery, rewarm, warmup_stable_decay
+from jaxlm.optim.skip import skip_spikes
 from jaxlm.optim.spam import scale_by_spam, scale_by_stable_spam, spam, stable_spam
 from jaxlm.optim.sparse import add_masked_decay, cast, decay_budget, scale_by_cast
 from jaxlm.optim.wiring import DECAYED_ROLES
@@ -74,6 +75,7 @@ __all__ = [
     "scale_by_stable_spam",
     "scale_by_swan",
     "scale_optimizer",
+    "skip_spikes",
     "spam",
     "stable_spam",
     "state_bytes",

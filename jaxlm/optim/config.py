@@ -16,6 +16,7 @@ from jaxlm.optim.normalized import HEAD_ROLES, NORMALIZATIONS, NORMALIZED_ROLES,
 from jaxlm.optim.optimizers import adamw, muon
 from jaxlm.optim.reset import reset_state_every
 from jaxlm.optim.schedules import DECAY_SHAPES, Schedule, quick_recovery, warmup_stable_decay
+from jaxlm.optim.skip import skip_spikes
 from jaxlm.optim.spam import spam, stable_spam
 from jaxlm.optim.sparse import cast
 
@@ -120,6 +121,9 @@ class OptimizerConfig:
     """Times the learning rate; not on norms and biases."""
     clip_norm: float | None = 1.0
     """Global norm that gradients are clipped to."""
+    skip_spikes: float = 0.0
+    """Leaves out updates whose gradient norm is so many robust standard deviations above the median of the last 128;
+    6 is usual, 0 leaves out none."""
     scale: ScaleOptions = ScaleOptions()
     low_rank: LowRankOptions = LowRankOptions()
     spikes: SpikeOptions = SpikeOptions()
@@ -149,6 +153,8 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.reset_every is {self.reset_every}, expected at least 1, or 0 for never")
         if self.warmup + self.decay > 1:
             raise ConfigError(f"optimizer.warmup {self.warmup} + optimizer.decay {self.decay} is more than the run")
+        if not self.skip_spikes >= 0:
+            raise ConfigError(f"optimizer.skip_spikes is {self.skip_spikes}, expected 0 or more")
 
     def schedule(self, steps: int, peak: float | None = None) -> Schedule:
         """The learning rate of each step of a run of `steps`; `peak` by default is `learning_rate`."""
@@ -177,7 +183,8 @@ class OptimizerConfig:
             parameter.
         """
         tx = self._make(steps, axes, sweep)
-        return reset_state_every(tx, self.reset_every) if self.reset_every else tx
+        tx = reset_state_every(tx, self.reset_every) if self.reset_every else tx
+        return skip_spikes(tx, self.skip_spikes) if self.skip_spikes else tx
 
     def _make(self, steps: int, axes: Any, sweep: bool | Collection[str]) -> optax.GradientTransformationExtraArgs:
         swept = set(SWEPT[:1] if sweep is True else sweep or ())

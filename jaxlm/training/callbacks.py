@@ -15,7 +15,7 @@ from jaxlm.training.run_log import RunLog
 from jaxlm.training.state import TrainState
 
 
-class _Nothing:
+class Nothing:
     """A callback that does nothing at the end or along the way; the others override one of the two."""
 
     every = 0
@@ -28,7 +28,7 @@ class _Nothing:
 
 
 @dataclasses.dataclass
-class Log(_Nothing):
+class Log(Nothing):
     """Writes each step's metrics to the run log and the progress bar.
 
     `learning_rate(step)`: the rate that step number `step` used. `flops_per_token`: of training; gives `mfu` on chips
@@ -57,11 +57,11 @@ class Log(_Nothing):
             self.progress.update(step, loss=metrics.get("loss"), tokens_per_second=metrics["tokens_per_second"])
 
 
-_SYSTEM = ("grad_norm", "skipped", "tokens", "seconds", "tokens_per_second")
+_SYSTEM = ("grad_norm", "skipped", "spike_skipped", "tokens", "seconds", "tokens_per_second")
 
 
 @dataclasses.dataclass
-class Evaluate(_Nothing):
+class Evaluate(Nothing):
     """Calls `evaluate(state.trainable) -> {name: value}` and logs what it returns."""
 
     evaluate: Callable[[Any], Mapping[str, float]]
@@ -83,7 +83,7 @@ class Evaluate(_Nothing):
 
 
 @dataclasses.dataclass
-class Save(_Nothing):
+class Save(Nothing):
     """Saves a checkpoint. `meta(step)` is what goes in beside the state: data iterator, configuration."""
 
     checkpoints: Checkpoints
@@ -95,7 +95,7 @@ class Save(_Nothing):
 
 
 @dataclasses.dataclass
-class Profile(_Nothing):
+class Profile(Nothing):
     """Writes a trace of `steps` steps, from after step `first` on, for TensorBoard or Perfetto."""
 
     folder: Path

@@ -2,11 +2,14 @@
 
 A checkpoint is an Orbax folder with two items: `state` (arrays) and `meta` (JSON: configuration, data iterator). Orbax
 writes to a temporary folder and renames it, so a killed save leaves nothing that looks like a checkpoint. It does not
-notice a flipped bit inside array data, so after each save the CRC-32 of every file is recorded beside it.
+notice a flipped bit inside array data, so after each save the CRC-32 of every file is recorded beside it (a process
+that is killed in between leaves a whole checkpoint that Orbax alone checks).
 """
 
-import json
+import contextlib
+import logging
 import os
+import shutil
 import threading
 import warnings
 import zlib
@@ -17,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlm.core.errors import CheckpointError, DataError
-from jaxlm.core.json_files import read_object
+from jaxlm.core.json_files import read_object, write_json
 
 PyTree = Any
 
@@ -34,8 +37,9 @@ class Checkpoints:
     """The checkpoints of one run, in `folder`.
 
     `keep` newest are kept. Saving returns as soon as the arrays are copied; writing goes on in the background. An
-    error while saving (a full disk) is a warning: training goes on and the last good checkpoint stays. `sums=False`
-    leaves out the check sums, for states of many gigabytes on slow disks.
+    error while saving (a full disk) is a warning: training goes on and the last good checkpoint stays; `failures`
+    counts them and `problem` is the last. `sums=False` leaves out the check sums, for states of many gigabytes on slow
+    disks.
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int = 3, sums: bool = True):
@@ -48,20 +52,34 @@ class Checkpoints:
         self._pending: threading.Thread | None = None
         self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
-        self.failures = 0
+        self._broken = False
+        logging.getLogger("absl").addFilter(_not_from_orbax)
+        self.failures, self.problem = 0, ""
 
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint, ascending."""
         self._manager.reload()
         return sorted(self._manager.all_steps())
 
+    def tidy(self, step: int | str = "*") -> None:
+        """Removes what saves (of `step`) that were killed or failed left half written. None may be in progress."""
+        for partial in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        for partial in self.folder.glob(f"sums/.{step}.json.*"):
+            partial.unlink(missing_ok=True)
+
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> bool:
         """Starts to save; returns whether it could. `meta` must be JSON."""
         args = self._ocp.args
+        self.wait()
+        if self._broken:
+            # Orbax's manager raises the error of a failed save again at every later one.
+            self._close_manager()
+            self._manager, self._broken = self._ocp.CheckpointManager(self.folder, options=self._options), False
         if step in self._manager.all_steps():
             return True
         try:
-            self.wait()
+            self._sums_file(step).unlink(missing_ok=True)
             items = args.Composite(state=args.StandardSave(state), meta=args.JsonSave(dict(meta)))
             self._manager.save(step, args=items, force=True)
         except Exception as error:
@@ -79,7 +97,7 @@ class Checkpoints:
 
     def close(self) -> None:
         self.wait()
-        self._manager.close()
+        self._close_manager()
 
     def restore(self, abstract: PyTree, step: int | None = None) -> Restored | None:
         """The newest good checkpoint (or that of `step`), or `None` if there is none.
@@ -118,18 +136,28 @@ class Checkpoints:
                 serial += 1
                 target = self.folder / f"damaged-{newer}-{serial}"
             source.rename(target)
+            self._sums_file(newer).unlink(missing_ok=True)
         self._manager.reload()
 
     def _finish(self, step: int) -> None:
         try:
             self._manager.wait_until_finished()
-            if self._sums:
-                self._write_sums(step)
         except Exception as error:
             self._failed(step, error)
+            return
+        try:
+            if self._sums:
+                self._write_sums(step)
+        except OSError as error:
+            warnings.warn(f"no check sums for the checkpoint of step {step}: {error}", stacklevel=2)
+
+    def _close_manager(self) -> None:
+        with contextlib.suppress(Exception) if self._broken else contextlib.nullcontext():
+            self._manager.close()
 
     def _failed(self, step: int, error: Exception) -> None:
-        self.failures += 1
+        self.failures, self.problem, self._broken = self.failures + 1, _first_line(error), True
+        self.tidy(step)  # where the disk is full, what was half written is in the way
         good = [s for s in self._manager.all_steps() if (self.folder / str(s)).exists()]
         warnings.warn(
             f"checkpoint of step {step} could not be saved: {_first_line(error)}; training goes on, the last good "
@@ -142,41 +170,35 @@ class Checkpoints:
 
     def _write_sums(self, step: int) -> None:
         path = self._sums_file(step)
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(_file_sums(self.folder / str(step))))
-        partial.replace(path)
+        write_json(path, _file_sums(self.folder / str(step)))
         for old in path.parent.glob("*.json"):
             if not (self.folder / old.stem).exists():
                 old.unlink(missing_ok=True)
 
     def _verify(self, step: int) -> None:
-        path, folder = self._sums_file(step), self.folder / str(step)
-        if not folder.is_dir():
+        if not (self.folder / str(step)).is_dir():
             raise CheckpointError(f"there is no checkpoint of step {step} in {self.folder}: found {self.steps()}")
-        if not self._sums or not path.exists():
-            return
-        expected, found = read_object(path), _file_sums(folder)
-        for name in sorted(expected.keys() | found.keys()):
-            if name not in found:
-                raise CheckpointError(f"{folder / name} is missing")
-            if name in expected and expected[name] != found[name]:
-                raise CheckpointError(
-                    f"{folder / name} is damaged: size and CRC-32 {found[name]}, saved {expected[name]}"
-                )
+        if self._sums:
+            _check_sums(self.folder, step)
 
 
 def load_meta(folder: str | os.PathLike, step: int | None = None) -> tuple[int, dict[str, Any]]:
-    """Step and `meta` of the newest (or given) checkpoint in `folder`, without reading arrays."""
+    """Step and `meta` of the newest (or given) checkpoint in `folder` whose `meta` is good, without reading arrays."""
     folder = Path(folder)
     found = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
     if not found or (step is not None and step not in found):
         raise CheckpointError(f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}: found {found}")
-    step = found[-1] if step is None else step
-    try:
-        return step, read_object(folder / str(step) / "meta" / "metadata")
-    except DataError as error:
-        raise CheckpointError(f"the checkpoint of step {step} is damaged: {error}") from error
+    problems = []
+    for candidate in found[::-1] if step is None else [step]:
+        try:
+            _check_sums(folder, candidate, "meta/")
+            return candidate, read_object(folder / str(candidate) / "meta" / "metadata")
+        except (CheckpointError, DataError, OSError) as error:
+            problems.append(f"step {candidate}: {_first_line(error)}")
+            warnings.warn(
+                f"checkpoint of step {candidate} in {folder} cannot be used: {_first_line(error)}", stacklevel=2
+            )
+    raise CheckpointError(f"no usable checkpoint in {folder}: {'; '.join(problems)}")
 
 
 def load_params(folder: str | os.PathLike, abstract: PyTree, step: int | None = None) -> tuple[int, PyTree]:
@@ -210,9 +232,29 @@ def load_params(folder: str | os.PathLike, abstract: PyTree, step: int | None = 
     raise CheckpointError(f"no usable checkpoint in {folder}: {'; '.join(problems)}")
 
 
-def _file_sums(folder: Path) -> dict[str, list[int]]:
+def _check_sums(folder: Path, step: int, below: str = "") -> None:
+    """Raises `CheckpointError` unless the files of a checkpoint (under `below`) are those that were saved."""
+    path, checkpoint = folder / "sums" / f"{step}.json", folder / str(step)
+    if not path.exists():
+        return
+    try:
+        expected = read_object(path)
+    except DataError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    expected = {name: sums for name, sums in expected.items() if name.startswith(below)}
+    found = _file_sums(checkpoint, below)
+    for name in sorted(expected):
+        if name not in found:
+            raise CheckpointError(f"{checkpoint / name} is missing")
+        if expected[name] != found[name]:
+            raise CheckpointError(
+                f"{checkpoint / name} is damaged: size and CRC-32 {found[name]}, saved {expected[name]}"
+            )
+
+
+def _file_sums(folder: Path, below: str = "") -> dict[str, list[int]]:
     sums = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in (folder / below).rglob("*") if p.is_file()):
         value, size = 0, 0
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):
@@ -221,6 +263,12 @@ def _file_sums(folder: Path) -> dict[str, list[int]]:
     return sums
 
 
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """A filter: of a failed save Orbax logs the same traceback many times; the warning of `Checkpoints` is enough."""
+    return "orbax" not in record.pathname
+
+
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:300]
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line if len(line) <= 300 else f"{line[:120]} ... {line[-170:]}"  # the cause comes last

@@ -52,21 +52,23 @@ def fit(
     callbacks: Sequence[Callback] = (),
     on_interrupt: Sequence[Callback] = (),
     non_finite: str = "stop",
+    max_skipped: int = 10,
 ) -> TrainState:
     """Trains until `state.step` is `num_steps` and returns the last state.
 
     `step` is compiled by the caller (`jax.jit(make_step(...), donate_argnums=0)`), `put` moves a host batch to the
     devices. A step whose loss or gradient is not finite leaves the parameters alone; with `non_finite="stop"` it then
-    raises `NonFiniteError` with its number, with `"skip"` it is only counted (metric `skipped`). At SIGTERM or SIGINT
-    the callbacks in `on_interrupt` get the state after the running step, then `Interrupted` is raised; a second
-    signal acts at once.
+    raises `NonFiniteError` with its number, with `"skip"` it is only counted (metric `skipped`), and the error comes
+    after `max_skipped` in a row. The callbacks get the metrics of such steps first. At SIGTERM or SIGINT the callbacks
+    in `on_interrupt` get the state after the running step, then `Interrupted` is raised; a second signal acts at once.
     """
     number = int(jax.device_get(state.step))
+    skipped = 0
     pending: tuple[int, Metrics, float] | None = None
     clock = time.perf_counter()
 
     def look(item: tuple[int, Metrics, float]) -> None:
-        nonlocal clock
+        nonlocal clock, skipped
         done, metrics, started = item
         values = {name: float(s) / float(w) if w else 0.0 for name, (s, w) in jax.device_get(dict(metrics)).items()}
         # An objective that counts its loss in something else (pairs) has a metric `tokens`, whose weights add up to 1.
@@ -76,13 +78,16 @@ def fit(
         seconds = max(now - max(clock, started), 1e-9)
         clock = now
         values |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        if values.get("skipped") and non_finite == "stop":
-            raise NonFiniteError(
-                f"loss or gradient of step {done} is not finite (loss {values.get('loss')}, gradient norm "
-                f"{values.get('grad_norm')}); parameters are still those of step {done - 1}"
-            )
         for callback in callbacks:
             callback.on_metrics(done, values)
+        skipped = skipped + 1 if values.get("skipped") else 0
+        if skipped >= (1 if non_finite == "stop" else max_skipped):
+            first = done - skipped + 1
+            steps = f"step {done} is" if skipped == 1 else f"steps {first} to {done}, {skipped} in a row, is"
+            raise NonFiniteError(
+                f"loss or gradient of {steps} not finite (loss {values.get('loss')}, gradient norm "
+                f"{values.get('grad_norm')}); parameters are still those of step {first - 1}"
+            )
 
     with _Signals() as signals:
         while number < num_steps:

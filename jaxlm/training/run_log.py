@@ -162,8 +162,11 @@ class _Events:
         from tensorboardX.record_writer import RecordWriter
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns() // 1000}.{os.getpid()}"
-        self._writer = RecordWriter(str(self._folder / name))
+        # TensorBoard reads the files in order of their names, and the clock may have been set back.
+        prefix = "events.out.tfevents."
+        earlier = [path.name.removeprefix(prefix).split(".")[0] for path in self._folder.glob(f"{prefix}*")]
+        number = max([time.time_ns() // 1000, *(int(name) + 1 for name in earlier if name.isdigit())])
+        self._writer = RecordWriter(str(self._folder / f"{prefix}{number}.{os.getpid()}"))
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if self._resumed_at is not None:  # TensorBoard then drops later steps of the files before
             start = SessionLog(status=SessionLog.START)

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from jaxlm.core import sharding
 from jaxlm.core.configs import from_dict
 from jaxlm.core.distributed import is_main_process
-from jaxlm.core.errors import CheckpointError, DataError
+from jaxlm.core.errors import CheckpointError, ConfigError, DataError
+from jaxlm.core.temporary import beside
 from jaxlm.data.cache import atomic_folder
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.models import Decoder, DecoderConfig
@@ -71,14 +72,21 @@ def exclusive(folder: str | Path) -> Iterator[None]:
 
     File systems without locks are not held.
 
-    Raises `CheckpointError` when another run is writing to the folder.
+    Raises `CheckpointError` when another run is writing to the folder, `ConfigError` when nobody can.
     """
     if not is_main_process():
         yield
         return
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / "checkpoints"):
+            if place.is_dir():
+                with beside(place / "probe"):
+                    pass
+        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"cannot write to run folder {folder}: {error.strerror} (or choose another --out)") from None
     try:
         _lock(file, folder)
         yield

@@ -6,8 +6,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxlm.core.distributed import is_main_process
+from jaxlm.core.errors import CheckpointError
+from jaxlm.core.json_files import write_json
 from jaxlm.training.callbacks import Evaluate, Log, Profile, Save
 from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.training.incidents import Incidents
 from jaxlm.training.loop import Callback, Interrupted, fit
 from jaxlm.training.program import Program
 from jaxlm.training.progress import Progress
@@ -16,13 +20,18 @@ from jaxlm.training.state import TrainState
 
 
 class ResumableBatches(Protocol):
-    """Batches that go on from a saved place: `set_state(get_state())`, with a state that is JSON."""
+    """Batches that go on from a saved place: `set_state(get_state())`, with a state that is JSON.
+
+    `provenance(index)` says in JSON where the batch with that index (the first step's is 0) comes from.
+    """
 
     def __next__(self) -> Mapping[str, np.ndarray]: ...
 
     def get_state(self) -> Any: ...
 
     def set_state(self, state: Any) -> None: ...
+
+    def provenance(self, step: int) -> Mapping[str, Any]: ...
 
 
 def train_in_folder(
@@ -41,6 +50,8 @@ def train_in_folder(
     checkpoint_every: int = 0,
     keep_checkpoints: int = 2,
     non_finite: str = "stop",
+    max_skipped: int = 10,
+    spike_threshold: float = 6.0,
     flops_per_token: float | None = None,
     profile_steps: int = 0,
 ) -> TrainState:
@@ -48,19 +59,24 @@ def train_in_folder(
 
     Every later step of a resumed run is the same as if it had never stopped. The folder gets checkpoints, the log of
     metrics, evaluations (`evaluate(trainable)` before the first step, every `evaluate_every` steps and at the end),
-    and a trace of `profile_steps` steps. SIGTERM and SIGINT save a checkpoint first.
+    a trace of `profile_steps` steps, the state of the data (`data.json`, from which any step's batch can be made
+    again), and `incidents` (see `Incidents`). SIGTERM and SIGINT save a checkpoint first.
 
     Args:
       meta: JSON that a checkpoint holds beside the state and the place in the data.
       check_meta: gets the `meta` of the checkpoint to resume from, and raises if it is of another run.
       learning_rate: of each step, for the log.
+      non_finite, max_skipped: as in `fit`.
+      spike_threshold: robust standard deviations above the median that make a loss an incident; 0: none.
 
     Raises:
       Interrupted: after a signal, once the state is saved.
       NonFiniteError: as `fit`.
-      CheckpointError: there are checkpoints, but none can be used.
+      CheckpointError: there are checkpoints, but none can be used; or the last one could not be saved.
     """
     checkpoints = Checkpoints(out / "checkpoints", keep=keep_checkpoints)
+    if is_main_process():
+        checkpoints.tidy()
     restored = checkpoints.restore(program.abstract_state)
     if restored is None:
         state, start = program.init(seed), 0
@@ -72,15 +88,25 @@ def train_in_folder(
         batches.set_state(restored.meta["data"])
         print(f"resuming after step {start}", flush=True)
 
+    if is_main_process():
+        write_json(out / "data.json", batches.get_state())
+
     with RunLog(out, start_step=start + 1) as log, Progress(steps, start_step=start) as progress:
-        save = Save(checkpoints, lambda step: {**(meta or {}), "data": batches.get_state()}, checkpoint_every)
-        callbacks: list[Callback] = [Log(log, progress, learning_rate, flops_per_token), save]
-        evaluation = None
+        incidents = Incidents(out / "incidents", batches.provenance, threshold=spike_threshold, progress=progress)
+        if restored is not None:
+            incidents.set_state(restored.meta.get("losses", []))
+
+        def place(step: int) -> Mapping[str, Any]:
+            return {**(meta or {}), "data": batches.get_state(), "losses": incidents.get_state()}
+
+        save = Save(checkpoints, place, checkpoint_every)
+        # A checkpoint comes before the evaluation of its step, which may be long, and a deadline near.
+        callbacks: list[Callback] = [Log(log, progress, learning_rate, flops_per_token), incidents, save]
         if evaluate is not None:
             evaluation = Evaluate(evaluate, log, evaluate_every, progress)
             callbacks.append(evaluation)
-            if start == 0:
-                evaluation.at_step(0, state)
+            if start in (0, steps) or (evaluate_every and start % evaluate_every == 0):
+                evaluation.at_step(start, state)  # of the start; or perhaps lost after the checkpoint was saved
         if profile_steps:
             callbacks.append(Profile(out / "tensorboard", start + 10, profile_steps))
         try:
@@ -94,14 +120,21 @@ def train_in_folder(
                 callbacks=callbacks,
                 on_interrupt=[save],
                 non_finite=non_finite,
+                max_skipped=max_skipped,
             )
         except Interrupted as stop:
             checkpoints.wait()
-            progress.note(f"{stop}; the checkpoint of step {stop.step} is saved")
+            saved = checkpoints.steps()
+            what = f"the checkpoint of step {stop.step} is saved"
+            if stop.step not in saved:
+                what = f"NOT saved; the last checkpoint is that of step {saved[-1] if saved else 'none'}"
+            progress.note(f"{stop}; {what}")
             raise
         finally:
             checkpoints.close()
-        if evaluation is not None and not evaluation.latest:
-            # Resumed after the last step: its evaluation is gone with the process.
-            evaluation.at_step(steps, state)
+    if checkpoints.steps()[-1:] != [steps]:
+        raise CheckpointError(
+            f"the run is done, but its last checkpoint is not saved ({checkpoints.problem}); what is there: "
+            f"{checkpoints.steps()}. Make room, and give the same command again: it goes on from there"
+        )
     return state

@@ -45,7 +45,8 @@ def make_step(
     """The pure function `step(state, frozen, batch) -> (state, metrics)`.
 
     Metrics are `(sum, weight)` pairs: the objective's own, and `grad_norm`, `skipped` (1 if loss or gradient was not
-    finite; then parameters, optimizer state and `extra` stay as they were, while the step still counts).
+    finite; then parameters, optimizer state and `extra` stay as they were, while the step still counts), and with an
+    optimizer that is wrapped in `jaxlm.optim.skip_spikes`, `spike_skipped`.
 
     The optimizer is called as `tx.update(grads, opt_state, trainable, step=, key=, loss_fn=, hparams=)`; one that
     takes no such arguments works too. `gradients` defaults to `accumulate` without micro-batches.
@@ -72,6 +73,9 @@ def make_step(
         trainable, opt_state, extra = jax.tree.map(keep, new, old)
         one = jnp.ones((), jnp.float32)
         metrics = {**result.metrics, "grad_norm": (norm, one), "skipped": (1.0 - finite.astype(jnp.float32), one)}
+        spike = optax.tree_utils.tree_get(opt_state, "spike_skipped")
+        if spike is not None:
+            metrics["spike_skipped"] = (jnp.where(finite, spike, 0.0), one)
         return TrainState(state.step + 1, trainable, opt_state, extra, state.key, state.hparams), metrics
 
     return step

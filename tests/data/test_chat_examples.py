@@ -9,6 +9,7 @@ from jaxlm.data.chat_batches import ChatBatches, LabeledBatches, PairBatches
 from jaxlm.data.chat_examples import chat_examples, labeled_examples, preference_examples
 from jaxlm.data.chat_jinja import JinjaTemplate
 from jaxlm.data.chat_records import ChatRecord, LabeledRecord, PreferenceRecord
+from jaxlm.data.packing import Piece, fill_rows
 from tests.data.test_chat import CHAT, TOKENIZER
 from tests.data.test_chat_jinja import REASONED, REASONING
 
@@ -122,6 +123,23 @@ def test_batches_are_a_function_of_the_step_and_resume_there():
     assert (rows[: batches.count] != rows[batches.count : 2 * batches.count]).any()
     parts = [ChatBatches(examples, **settings, process_index=p, process_count=2)[7] for p in range(2)]
     np.testing.assert_equal({k: np.concatenate([p[k] for p in parts]) for k in ARRAYS}, batches[7])
+
+
+def test_provenance_is_enough_to_make_a_batch_again():
+    examples, _ = chat_examples(records(*range(1, 30)), TOKENIZER, Plain(), length=40)
+    batches = ChatBatches(examples, batch_size=4, length=40, seed=3)
+    for step in (0, 11):
+        rows = batches.provenance(step)["rows"]
+        made = fill_rows(examples, [[Piece(*piece) for piece in row["pieces"]] for row in rows], 40)
+        np.testing.assert_equal(made, batches[step])
+        assert [row["weight"] for row in rows] == batches[step]["loss_weights"].sum(axis=1).tolist()
+        assert rows[0]["epoch"] == 4 * step // batches.count
+    pairs = [(examples[i], examples[i + 1]) for i in range(0, 20, 2)]
+    batches = PairBatches(pairs, batch_size=3, length=40, seed=3)
+    for row, batch_row in zip(batches.provenance(2)["rows"], batches[2]["targets"]):
+        for (example, start, stop), targets in zip(row["pieces"], batch_row):
+            assert start == 0
+            np.testing.assert_array_equal(targets[:stop], batches.examples[example]["targets"])
 
 
 def test_other_data_or_settings_do_not_resume():

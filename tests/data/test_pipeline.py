@@ -2,13 +2,15 @@
 
 import itertools
 import json
+import multiprocessing
+import threading
 
 import numpy as np
 import pytest
 
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.data.mixture import Schedule
-from jaxlm.data.packing import count_rows, read_rows
+from jaxlm.data.packing import Piece, count_rows, fill_rows, read_rows, shift
 from jaxlm.data.pipeline import BatchSource, eval_batches, make_train_iterator
 from jaxlm.data.sources import Document
 from jaxlm.data.store import build_store
@@ -174,6 +176,66 @@ def test_workers_give_the_same_batches(store):
     assert_same(take(with_workers, 6), take(iterator(store), 9)[3:])
     assert with_workers.get_state()["next_step"] == 9
     with_workers.close()
+
+
+@pytest.mark.parametrize("buffer", [0, 2])
+def test_a_hanging_read_is_named_with_its_sources(store, buffer, monkeypatch):
+    over = threading.Event()
+    original = BatchSource.__getitem__
+
+    def hangs(self, step):
+        if step == 2:
+            over.wait(60)
+        return original(self, step)
+
+    monkeypatch.setattr(BatchSource, "__getitem__", hangs)
+    batches = iterator(store, buffer=buffer)
+    take(batches, 2)
+    batches._reader.timeout = 0.2
+    with pytest.raises(DataError, match="batch of step 3 from 'text', 'code' in .*: nothing came within 0.2 s"):
+        next(batches)
+    batches.close()  # does not wait for the read that hangs
+    over.set()
+    batches._reader.timeout = 60.0
+    assert_same(take(batches, 1), [original(batches.source, 2)])
+
+
+def test_a_failing_read_is_named_with_its_sources(store, monkeypatch):
+    def fails(self, step):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(BatchSource, "__getitem__", fails)
+    with pytest.raises(DataError, match="batch of step 1 from 'text', 'code' in .*failed: OSError.*output error"):
+        next(iterator(store))
+
+
+@pytest.mark.slow  # starts a Python process
+def test_a_reading_process_that_dies_is_named_with_its_sources(store):
+    batches = iterator(store, workers=1)
+    take(batches, 1)
+    (worker,) = [p for p in multiprocessing.active_children() if "grain" in p.name]
+    worker.kill()
+    with pytest.raises(DataError, match="from 'text', 'code' in .*reading failed: .*terminated unexpectedly"):
+        take(batches, 50)
+    batches.close()
+
+
+def test_provenance_is_enough_to_make_a_batch_again(store):
+    batches = iterator(store)
+    batches.reweight(2, [1, 1, 1])
+    for step in (0, 1, 2, 9):
+        told = json.loads(json.dumps(batches.provenance(step)))
+        examples = [shift(store.document(d)) for d in range(len(store.byte_counts))]
+        plan = [[Piece(*piece) for piece in row["pieces"]] for row in told["rows"]]
+        assert_same([fill_rows(examples, plan, LENGTH)], [{**batches.source[step]}])
+        weights = batches.source[step]["loss_weights"].sum(axis=1)
+        assert [row["weight"] for row in told["rows"]] == weights.tolist()
+        for row in told["rows"]:
+            first, last = store.document_starts[store.source_index(row["source"]) :][:2]
+            assert all(first <= d < last for d, _, _ in row["pieces"])
+        assert list(told["mixture"].values()) == ([5, 3, 0] if step < 2 else [1, 1, 1])
+        parts = [iterator(store, process_index=p, process_count=2).provenance(step)["rows"] for p in range(2)]
+        assert parts[0] == parts[1]
 
 
 def test_other_data_is_refused_on_restore(store, tmp_path):

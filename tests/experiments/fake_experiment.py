@@ -43,6 +43,7 @@ FAILURES = {
     "nan": NonFiniteError("loss is NaN at step 1"),
     "checkpoint": CheckpointError("step 10 is damaged"),
     "data": DataError("train.jsonl line 3: no field 'text'"),
+    "disk": OSError(28, "No space left on device", "run/report.json"),
     "bug": RuntimeError("a bug"),
     "interrupt": KeyboardInterrupt(),
 }

@@ -161,6 +161,12 @@ def test_a_folder_with_a_broken_or_foreign_config_is_refused(fake, capsys, conte
         ("nan", 1, "error: loss is NaN at step 1\n"),
         ("checkpoint", 1, "error: step 10 is damaged\n"),
         ("data", 2, "error: train.jsonl line 3: no field 'text'\n"),
+        (
+            "disk",
+            1,
+            "error: No space left on device: run/report.json; when that is mended, the same command goes on: "
+            f"python -m {MODULE} --fail disk\n",
+        ),
         ("forget", 2, f"error: {MODULE}.run returned NoneType, expected a Report\n"),
         ("interrupt", 130, f"interrupted; resume with: python -m {MODULE} --fail interrupt\n"),
     ],
@@ -169,6 +175,48 @@ def test_failures_of_a_run_are_one_line_and_a_code(fake, capsys, fail, code, wor
     assert call(fake, "--fail", fail) == code
     assert capsys.readouterr().err.lstrip("\n") == words
     assert not os.path.exists("runs/fake-small/report.json")
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_happens(fake, capsys, monkeypatch):
+    def read_only(*_):
+        raise OSError(30, "Read-only file system", "run/config.json")
+
+    monkeypatch.setattr(runner, "write_json", read_only)
+    assert call(fake, "--out", "run") == 2
+    said = capsys.readouterr()
+    assert said.err == "error: --out run: cannot write there: Read-only file system\n"
+    assert said.out == ""
+
+
+def test_a_read_that_hangs_does_not_keep_the_process(tmp_path):
+    """An orderly exit would wait for the thread of Grain's that hangs in the source."""
+    program = """
+import sys, time, types
+from experiments import runner
+from jaxlm.data import pipeline
+from jaxlm.data.sources import Document
+from jaxlm.data.store import build_store
+from jaxlm.data.tokenizers import ByteTokenizer
+from dataclasses import dataclass
+
+def run(config):
+    store = build_store(sys.argv[1], {"book": [Document("some words", "a")]}, ByteTokenizer(), seed=0, progress=False)
+    pipeline.BatchSource.__getitem__ = lambda self, step: time.sleep(600)
+    next(pipeline.make_train_iterator(store, batch_size=1, length=4, seed=0, timeout=0.1))
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+sys.modules["tool"] = module = types.ModuleType("tool")
+module.Config, module.run = Config, run
+runner.tool("tool", [])
+"""
+    words = [sys.executable, "-c", program, str(tmp_path / "store")]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "error: batch of step 1 from 'book' in" in ended.stderr
+    assert "nothing came within 0.1 s" in ended.stderr
+    assert ended.returncode == 2
 
 
 def test_debug_shows_where_and_a_bug_is_not_hidden(fake, capsys):

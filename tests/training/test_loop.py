@@ -74,6 +74,17 @@ def test_or_is_skipped_and_counted():
     assert bool(jnp.isfinite(state.trainable["m"]))
 
 
+def test_many_in_a_row_stop_the_run_all_the_same():
+    found = batches(20)
+    for i in (2, 3, 5, 6, 7, 9):
+        found[i]["x"][0] = np.nan
+    recorder = Recorder(every=0)
+    with pytest.raises(NonFiniteError, match="steps 6 to 8, 3 in a row.*still those of step 5"):
+        run(20, found, callbacks=[recorder], non_finite="skip", max_skipped=3)
+    assert [m["skipped"] for _, m in recorder.metrics] == [0, 0, 1, 1, 0, 1, 1, 1]  # the callbacks saw the last one too
+    run(20, found, non_finite="skip", max_skipped=4)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_step_finish_and_saves_first(signum):
     class Killer(Recorder):
