@@ -155,7 +155,7 @@ def _train(config: Config, out: Path) -> Report:
     if found.tokenizer is None:
         raise ConfigError(f"{base} comes without a tokenizer")
     template = model_template(config.data.template, found.chat_template)
-    batches, validation, notes = make_batches(config, found, template)
+    batches, validation, notes = make_batches(config, found, template, mesh)
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
     program, frozen = make_program(config, found, mesh, steps)
     program.check_batch(config.batch_size)
@@ -192,11 +192,11 @@ def _train(config: Config, out: Path) -> Report:
     return report(out, numbers, [*notes, f"saved as {where}"], samples)
 
 
-def make_batches(config: Config, found: Any, template: Any) -> tuple[Any, Any, list[str]]:
+def make_batches(config: Config, found: Any, template: Any, mesh: Any) -> tuple[Any, Any, list[str]]:
     """Training and held-out batches (or `None`), and what became of the records in words."""
-    import jax
     import numpy as np
 
+    from jaxlm.core.sharding import data_share
     from jaxlm.data import chat_batches, chat_examples, chat_records
     from jaxlm.testing import toy_records
 
@@ -218,6 +218,7 @@ def make_batches(config: Config, found: Any, template: Any) -> tuple[Any, Any, l
     held_out = round(data.validation * len(records)) if len(records) > 1 else 0
     order = np.random.default_rng(config.seed).permutation(len(records))
     chosen = {"held out": sorted(order[:held_out]), "training": sorted(order[held_out:])}
+    process_index, process_count = data_share(mesh)
     notes, made = [], {}
     for name, rows in chosen.items():
         if not rows:
@@ -230,8 +231,8 @@ def make_batches(config: Config, found: Any, template: Any) -> tuple[Any, Any, l
             batch_size=config.batch_size,
             length=data.sequence_length,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=process_index,
+            process_count=process_count,
         )
     return made["training"], made["held out"], notes
 

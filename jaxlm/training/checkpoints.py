@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
+from jaxlm.core import distributed
 from jaxlm.core.errors import CheckpointError
 
 PyTree = Any
@@ -43,7 +42,7 @@ class Checkpoints:
         self._ocp = ocp
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._sums = sums and jax.process_count() == 1
+        self._sums = sums
         self._pending: threading.Thread | None = None
         self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
@@ -87,11 +86,11 @@ class Checkpoints:
         were saved from. A damaged checkpoint is left where it is, reported by a warning, and the next older one is
         taken; if all are damaged, `CheckpointError`.
         """
-        candidates = self.steps()[::-1] if step is None else [step]
+        candidates = distributed.from_main(self.steps)[::-1] if step is None else [step]
         problems = []
         for candidate in candidates:
             try:
-                self._verify(candidate)
+                self._agree_that_good(candidate)
                 args = self._ocp.args
                 items = args.Composite(state=args.StandardRestore(abstract), meta=args.JsonRestore())
                 restored = self._manager.restore(candidate, args=items)
@@ -110,6 +109,10 @@ class Checkpoints:
 
     def discard_after(self, step: int) -> None:
         """Moves checkpoints newer than `step` aside (to `damaged-<step>`), so that the run can write them again."""
+        distributed.from_main(lambda: self._move_after(step))
+        self._manager.reload()
+
+    def _move_after(self, step: int) -> None:
         for newer in [s for s in self.steps() if s > step]:
             source, target = self.folder / str(newer), self.folder / f"damaged-{newer}"
             serial = 0
@@ -117,12 +120,11 @@ class Checkpoints:
                 serial += 1
                 target = self.folder / f"damaged-{newer}-{serial}"
             source.rename(target)
-        self._manager.reload()
 
     def _finish(self, step: int) -> None:
         try:
             self._manager.wait_until_finished()
-            if self._sums:
+            if self._sums and distributed.is_main_process():
                 self._write_sums(step)
         except Exception as error:
             self._failed(step, error)
@@ -148,6 +150,18 @@ class Checkpoints:
         for old in path.parent.glob("*.json"):
             if not (self.folder / old.stem).exists():
                 old.unlink(missing_ok=True)
+
+    def _agree_that_good(self, step: int) -> None:
+        """`_verify` by the main process for all: they read the same files, and must take the same checkpoint."""
+
+        def problem() -> str | None:
+            try:
+                self._verify(step)
+            except CheckpointError as error:
+                return str(error)
+
+        if found := distributed.from_main(problem):
+            raise CheckpointError(found)
 
     def _verify(self, step: int) -> None:
         path, folder = self._sums_file(step), self.folder / str(step)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxlm.core.distributed import SharedStop
 from jaxlm.core.errors import NonFiniteError
 from jaxlm.training.state import TrainState
 from jaxlm.training.step import Metrics, Step
@@ -58,8 +59,8 @@ def fit(
     `step` is compiled by the caller (`jax.jit(make_step(...), donate_argnums=0)`), `put` moves a host batch to the
     devices. A step whose loss or gradient is not finite leaves the parameters alone; with `non_finite="stop"` it then
     raises `NonFiniteError` with its number, with `"skip"` it is only counted (metric `skipped`). At SIGTERM or SIGINT
-    the callbacks in `on_interrupt` get the state after the running step, then `Interrupted` is raised; a second
-    signal acts at once.
+    the callbacks in `on_interrupt` get the state after the running step (of several processes, all stop after the same
+    one, soon), then `Interrupted` is raised; a second signal acts at once.
     """
     number = int(jax.device_get(state.step))
     pending: tuple[int, Metrics, float] | None = None
@@ -84,6 +85,7 @@ def fit(
         for callback in callbacks:
             callback.on_metrics(done, values)
 
+    stop = SharedStop()
     with _Signals() as signals:
         while number < num_steps:
             batch = put(next(batches))
@@ -95,16 +97,17 @@ def fit(
                 look(pending)
             pending = (number, metrics, started)
             due = [c for c in callbacks if (c.every and number % c.every == 0) or number == num_steps]
-            if due or signals.received or number == num_steps:
+            signum = stop.poll(number, signals.received)
+            if due or signum or number == num_steps:
                 look(pending)
                 pending = None
             for callback in due:
                 callback.at_step(number, state)
-            if signals.received and number < num_steps:
+            if signum and number < num_steps:
                 for callback in on_interrupt:
                     if callback not in due:
                         callback.at_step(number, state)
-                raise Interrupted(signals.received, number)
+                raise Interrupted(signum, number)
     return state
 
 

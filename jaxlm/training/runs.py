@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxlm.core import sharding
 from jaxlm.core.configs import from_dict
-from jaxlm.core.distributed import is_main_process
+from jaxlm.core.distributed import from_main, main_first
 from jaxlm.core.errors import CheckpointError, DataError
 from jaxlm.data.cache import atomic_folder
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
@@ -68,17 +68,19 @@ def exclusive(folder: str | Path) -> Iterator[None]:
 
     Raises `CheckpointError` when another run is writing to the folder.
     """
-    if not is_main_process():
-        yield
-        return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    held: list[int] = []
+
+    def hold() -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        held.append(os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
+        _lock(held[0], Path(folder))
+
     try:
-        _lock(file, folder)
+        from_main(hold)
         yield
     finally:
-        os.close(file)
+        for file in held:
+            os.close(file)
 
 
 def _lock(file: int, folder: Path) -> None:
@@ -98,11 +100,15 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
     Raises `DataError` if it was not.
     """
-    if not folder.exists() and is_main_process():
-        with atomic_folder(folder) as temporary:
-            tokenizer.save(temporary)
-    elif folder.exists() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
-        raise DataError(
-            f"{folder} is not the tokenizer that the data gives now: the text has changed since the run began; "
-            "train on it in another folder, with --out"
-        )
+
+    def keep() -> None:
+        if not folder.exists():
+            with atomic_folder(folder) as temporary:
+                tokenizer.save(temporary)
+        elif load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"{folder} is not the tokenizer that the data gives now: the text has changed since the run began; "
+                "train on it in another folder, with --out"
+            )
+
+    main_first(keep)

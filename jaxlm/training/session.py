@@ -1,11 +1,15 @@
 """A training run in a folder: begun or resumed, logged, evaluated, checkpointed, stopped cleanly when asked to."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from rich.console import Console
 
+from jaxlm.core.distributed import is_main_process, lost_processes, wait_for_all
+from jaxlm.core.errors import ProcessLostError
 from jaxlm.training.callbacks import Evaluate, Log, Profile, Save
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.loop import Callback, Interrupted, fit
@@ -48,7 +52,8 @@ def train_in_folder(
 
     Every later step of a resumed run is the same as if it had never stopped. The folder gets checkpoints, the log of
     metrics, evaluations (`evaluate(trainable)` before the first step, every `evaluate_every` steps and at the end),
-    and a trace of `profile_steps` steps. SIGTERM and SIGINT save a checkpoint first.
+    and a trace of `profile_steps` steps. SIGTERM and SIGINT save a checkpoint first. Of several processes, which share
+    the folder, the main one writes the log and shows the progress.
 
     Args:
       meta: JSON that a checkpoint holds beside the state and the place in the data.
@@ -58,6 +63,7 @@ def train_in_folder(
     Raises:
       Interrupted: after a signal, once the state is saved.
       NonFiniteError: as `fit`.
+      ProcessLostError: another process of the run has ended; the same command resumes.
       CheckpointError: there are checkpoints, but none can be used.
     """
     checkpoints = Checkpoints(out / "checkpoints", keep=keep_checkpoints)
@@ -70,9 +76,15 @@ def train_in_folder(
         state, start = restored.state, restored.step
         checkpoints.discard_after(start)
         batches.set_state(restored.meta["data"])
-        print(f"resuming after step {start}", flush=True)
+        if is_main_process():
+            print(f"resuming after step {start}", flush=True)
 
-    with RunLog(out, start_step=start + 1) as log, Progress(steps, start_step=start) as progress:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lost_processes("training"))
+        main = is_main_process()
+        log = stack.enter_context(RunLog(out, start_step=start + 1)) if main else None
+        progress = Progress(steps, start_step=start, console=None if main else Console(quiet=True))
+        stack.enter_context(progress)
         save = Save(checkpoints, lambda step: {**(meta or {}), "data": batches.get_state()}, checkpoint_every)
         callbacks: list[Callback] = [Log(log, progress, learning_rate, flops_per_token), save]
         evaluation = None
@@ -84,24 +96,31 @@ def train_in_folder(
         if profile_steps:
             callbacks.append(Profile(out / "tensorboard", start + 10, profile_steps))
         try:
-            state = fit(
-                program.step,
-                state,
-                frozen,
-                batches,
-                num_steps=steps,
-                put=program.put,
-                callbacks=callbacks,
-                on_interrupt=[save],
-                non_finite=non_finite,
-            )
+            with lost_processes("training"):
+                state = fit(
+                    program.step,
+                    state,
+                    frozen,
+                    batches,
+                    num_steps=steps,
+                    put=program.put,
+                    callbacks=callbacks,
+                    on_interrupt=[save],
+                    non_finite=non_finite,
+                )
         except Interrupted as stop:
             checkpoints.wait()
             progress.note(f"{stop}; the checkpoint of step {stop.step} is saved")
-            raise
-        finally:
             checkpoints.close()
+            raise
+        except ProcessLostError:
+            raise  # a save that has begun waits for the lost process: it is left
+        except BaseException:
+            checkpoints.close()
+            raise
+        checkpoints.close()
         if evaluation is not None and not evaluation.latest:
             # Resumed after the last step: its evaluation is gone with the process.
             evaluation.at_step(steps, state)
+    wait_for_all()  # the log is whole from here on
     return state
