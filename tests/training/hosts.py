@@ -20,19 +20,25 @@ ROWS, LENGTH, BATCH = 64, 16, 8
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a process ended, and how long after the first of its group."""
+    """How a process ended, and how long after the first of its group; `code` is `None` if it never did."""
 
-    code: int
+    code: int | None
     output: str
     seconds: float
 
 
 def run_together(
-    count: int, command: Sequence[str], *, devices: int = 1, seconds: float = 180, env: dict[str, str] | None = None
+    count: int,
+    command: Sequence[str],
+    *,
+    devices: int = 1,
+    seconds: float = 180,
+    hanging: Sequence[int] = (),
+    env: dict[str, str] | None = None,
 ) -> list[Ended]:
     """`command` in `count` processes that find one another, each with so many devices.
 
-    All have ended when it returns; those that are left after `seconds` are killed.
+    All have ended when it returns: those in `hanging` are killed after the others, and all of them after `seconds`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,14 +68,14 @@ def run_together(
                 text=True,
             )
         )
-    return _wait(processes, seconds)
+    return _wait(processes, seconds, set(hanging))
 
 
-def _wait(processes: list[subprocess.Popen], seconds: float) -> list[Ended]:
+def _wait(processes: list[subprocess.Popen], seconds: float, hanging: set[int]) -> list[Ended]:
     ended: dict[int, float] = {}
     deadline = time.monotonic() + seconds
     try:
-        while len(ended) < len(processes) and time.monotonic() < deadline:
+        while len(hanging | ended.keys()) < len(processes) and time.monotonic() < deadline:
             now = time.monotonic()
             for index, process in enumerate(processes):
                 if index not in ended and process.poll() is not None:
@@ -80,10 +86,13 @@ def _wait(processes: list[subprocess.Popen], seconds: float) -> list[Ended]:
             if process.poll() is None:
                 process.kill()
     outputs = [process.communicate()[0] for process in processes]
-    if len(ended) < len(processes):
+    if len(hanging | ended.keys()) < len(processes):
         raise AssertionError(f"not ended after {seconds} s:\n" + "\n---\n".join(outputs))
     first = min(ended.values())
-    return [Ended(p.returncode, outputs[i], ended[i] - first) for i, p in enumerate(processes)]
+    return [
+        Ended(p.returncode if i in ended else None, outputs[i], ended.get(i, first) - first)
+        for i, p in enumerate(processes)
+    ]
 
 
 def worker(**settings: Any) -> list[str]:
