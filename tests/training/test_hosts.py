@@ -116,3 +116,71 @@ def test_two_processes_run_an_experiment_as_one(tmp_path, monkeypatch):
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == len(
         (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
     )
+
+
+NAMED = ("ProcessLostError", "the JAX distributed service detected fatal errors")
+"""What a process says that stops because another has gone: ours, or JAX's own."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "culprit", "then"), [(4, 2, 2), (2, 0, 4), (2, 1, 2)])
+def test_when_one_is_killed_the_others_stop_and_the_run_goes_on_with_any_number(
+    count, culprit, then, store, alone, tmp_path
+):
+    ended = train_together(count, store, tmp_path, culprit=culprit, after=5, send=signal.SIGKILL, checkpoint_every=2)
+    assert ended[culprit].code == -signal.SIGKILL
+    for index, other in enumerate(ended):
+        if index != culprit:
+            assert other.code not in (0, None)
+            assert any(name in other.output for name in NAMED), other.output
+            assert other.seconds < 30  # the connection broke: nobody waited for heartbeats
+    again = train_together(then, store, tmp_path, checkpoint_every=2)
+    assert [e.code for e in again] == [0] * then, again
+    assert "resuming after step" in again[0].output
+    check_same_losses(losses(tmp_path / "out"), alone[0])
+    check_rows_once(tmp_path, alone[1])
+
+
+@pytest.mark.slow
+def test_when_one_hangs_the_others_stop_after_the_heartbeats(store, alone, tmp_path):
+    ended = train_together(
+        2,
+        store,
+        tmp_path,
+        culprit=1,
+        after=5,
+        send=signal.SIGSTOP,
+        checkpoint_every=2,
+        hanging=[1],
+        env={"JAXLM_HEARTBEAT_SECONDS": "10"},
+    )
+    assert ended[1].code is None
+    assert ended[0].code not in (0, None)
+    assert any(name in ended[0].output for name in NAMED), ended[0].output
+    train_here(store, tmp_path, steps=8)
+    check_same_losses(losses(tmp_path / "out"), alone[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh", "parts"),
+    [
+        (4, 1, {"data": 2, "fsdp": 2}, 4),
+        (2, 2, {"data": 1, "fsdp": 2, "tensor": 2}, 2),
+        (2, 1, {"data": 1, "tensor": 2}, 1),  # an axis that is not the batch's lies across the processes
+        (4, 1, {"data": 2, "sequence": 2}, 2),
+    ],
+)
+def test_meshes_across_processes(count, devices, mesh, parts, store, alone, tmp_path):
+    ended = train_together(count, store, tmp_path, mesh=mesh, devices=devices)
+    assert [e.code for e in ended] == [0] * count, ended
+    check_same_losses(losses(tmp_path / "out"), alone[0])
+    for step, files in rows_read(tmp_path).items():
+        assert len(files) == count
+        by_part: dict[str, set[tuple[int, ...]]] = {}
+        for name, rows in files.items():
+            by_part.setdefault(name.rsplit("-", 1)[0], set()).add(tuple(rows))
+        # Processes that share a part of the batch read the same rows of it.
+        assert sorted(by_part) == [f"{index}-of-{parts}" for index in range(parts)]
+        assert all(len(seen) == 1 for seen in by_part.values())
+        assert [row for name in sorted(by_part) for row in by_part[name].pop()] == alone[1][step]
