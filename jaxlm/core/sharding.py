@@ -6,6 +6,12 @@ device and every constraint is a no-op.
 
 Mesh axes: `data` (batch only), `fsdp` (batch, and weights sharded over it), `sequence` (length), `expert`, `tensor`
 (heads, feed-forward width, vocabulary).
+
+There is no axis for pipeline stages. Layers are scanned over one stack; stages would run that scan in `shard_map`, hand
+activations on while micro-batches rotate (with the bubble of a schedule, and its backward pass, of our own), keep
+embedding and head out of it, and do the same for caches, taps and edits: a second trunk, not a few lines. What it
+saves is network traffic between slow hosts, for models too large to gather a layer's weights in time; those meant here
+are not.
 """
 
 import contextlib

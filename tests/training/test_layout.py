@@ -137,7 +137,8 @@ def test_context_parallelism_sends_keys_and_values_and_no_logits():
     assert not [shape for shape in arrays_sent(text) if VOCAB in shape and len(shape) > 2]
     assert not sent(costs, "all-gather", "all-to-all")
     parameters = total_bytes(model.abstract_params())
-    assert sent(costs, "all-reduce") <= parameters * 1.05 + FEW
+    # Gradients are added up along the length, then over the batch: once over each axis of the mesh.
+    assert sent(costs, "all-reduce") <= 2 * parameters + FEW
     # Three times round in a step (forward, again, backward), three neighbors each: keys, values, and segment ids.
     rows, part = ROWS // 2, LENGTH // 4
     once = 4 * rows * part * (2 * model.config.embed_dim + 1)
