@@ -89,20 +89,24 @@ class Checkpoints:
         candidates = distributed.from_main(self.steps)[::-1] if step is None else [step]
         problems = []
         for candidate in candidates:
+            problem = None
             try:
                 self._agree_that_good(candidate)
                 args = self._ocp.args
                 items = args.Composite(state=args.StandardRestore(abstract), meta=args.JsonRestore())
                 restored = self._manager.restore(candidate, args=items)
-                return Restored(candidate, restored.state, restored.meta)
             except Exception as error:
-                problems.append(f"step {candidate}: {_first_line(error)}")
-                if step is None:
-                    warnings.warn(
-                        f"checkpoint {self.folder / str(candidate)} cannot be used ({_first_line(error)}); "
-                        "trying an older one",
-                        stacklevel=2,
-                    )
+                problem = _first_line(error)
+            # All processes take the same checkpoint: one that any of them cannot read is no good.
+            problem = next(filter(None, distributed.on_every_process(problem)), None)
+            if problem is None:
+                return Restored(candidate, restored.state, restored.meta)
+            problems.append(f"step {candidate}: {problem}")
+            if step is None:
+                warnings.warn(
+                    f"checkpoint {self.folder / str(candidate)} cannot be used ({problem}); trying an older one",
+                    stacklevel=2,
+                )
         if problems:
             raise CheckpointError(f"no usable checkpoint in {self.folder}: {'; '.join(problems)}")
         return None

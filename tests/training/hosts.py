@@ -32,7 +32,7 @@ def run_together(
     command: Sequence[str],
     *,
     devices: int = 1,
-    seconds: float = 180,
+    seconds: float = 400,
     hanging: Sequence[int] = (),
     env: dict[str, str] | None = None,
 ) -> list[Ended]:
