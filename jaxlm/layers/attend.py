@@ -115,7 +115,9 @@ def attend(
     dtype = jnp.dtype(dtype or q.dtype)
     fits = _flash_fits(q, sources)
     if implementation not in ("auto", "reference") and not fits:
-        raise ConfigError(f"{implementation} attention takes one source without prefix or dense mask, lengths whole")
+        raise ConfigError(
+            f"{implementation} attention takes one source without prefix or dense mask, its length divided evenly"
+        )
     long = q.shape[1] >= 64 or sharding.axis_size("sequence") > 1
     if fits and implementation != "reference" and (implementation != "auto" or long):
         scaled = (q * jnp.asarray(scale, q.dtype)).astype(dtype)

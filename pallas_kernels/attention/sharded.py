@@ -93,37 +93,33 @@ def flash_attention_ring(
         send = functools.partial(
             jax.lax.ppermute, axis_name=sequence_axis, perm=[(i, (i + 1) % parts) for i in range(parts)]
         )
-        held, found = (k, v, segment_ids, bias), []
-        for back in range(_steps(parts, length, causal, window)):
-            if back:
-                held = jax.tree.map(send, held)
 
-            def attend(held, blocks_back):
-                k, v, kv_segments, bias = held
-                return flash_attention(
-                    q,
-                    k,
-                    v,
-                    causal=causal,
-                    window=window,
-                    q_offset=blocks_back * length,
-                    segment_ids=None if kv_segments is None else (segment_ids, kv_segments),
-                    bias=bias,
-                    return_lse=True,
-                    **options,
-                )
+        def attend(blocks_back, held):
+            k, v, kv_segments, bias = held
+            return flash_attention(
+                q,
+                k,
+                v,
+                causal=causal,
+                window=window,
+                q_offset=blocks_back * length,
+                segment_ids=None if kv_segments is None else (segment_ids, kv_segments),
+                bias=bias,
+                return_lse=True,
+                **options,
+            )
 
-            def before(held, back=back, attend=attend):
-                return attend(held, back)
+        def nothing(held):
+            shape = q.shape[0], q.shape[2], length
+            return jnp.zeros_like(q), jnp.full(shape, -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
 
-            def after(held, back=back, attend=attend):
-                # The ring's end: these keys come later in the row than the queries.
-                if not causal:
-                    return attend(held, back - parts)
-                shape = q.shape[0], q.shape[2], length
-                return jnp.zeros_like(q), jnp.full(shape, -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
-
-            found.append(jax.lax.cond(own >= back, before, after, held) if back else before(held))
+        held = k, v, segment_ids, bias
+        found = [attend(0, held)]
+        for back in range(1, _steps(parts, length, causal, window)):
+            held = jax.tree.map(send, held)
+            # Past the row's beginning the ring goes on with its end: keys that come after the queries.
+            later = nothing if causal else functools.partial(attend, back - parts)
+            found.append(jax.lax.cond(own >= back, functools.partial(attend, back), later, held))
         return combine(*map(list, zip(*found)))[0]
 
     return jax.shard_map(
