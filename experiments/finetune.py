@@ -159,7 +159,7 @@ def _train(config: Config, out: Path) -> Report:
     mesh = make_mesh(config.mesh)
     base = tiny_checkpoint(out / "base") if config.model == TINY else config.model
     found, template = load_base(config, base, mesh)
-    batches, validation, notes = make_batches(config, found, template)
+    batches, validation, notes = make_batches(config, found, template, mesh)
     steps = count_steps(config, batches)
     program, frozen = make_program(config, found, mesh, steps)
     program.check_batch(config.batch_size)
@@ -200,9 +200,11 @@ def _train(config: Config, out: Path) -> Report:
 
 def recorded_batches(config: Config, out: Path) -> tuple[Any, Any, int]:
     """The batches of the run in `out` (whole ones, from the first on), its tokenizer, and how many steps it has."""
+    from jaxlm.core.sharding import make_mesh
+
     base = out / "base" if config.model == TINY else config.model
     found, template = load_base(config, base)
-    batches, _, _ = make_batches(config, found, template)
+    batches, _, _ = make_batches(config, found, template, make_mesh())
     return batches, found.tokenizer, count_steps(config, batches)
 
 
@@ -222,11 +224,11 @@ def count_steps(config: Config, batches: Any) -> int:
     return config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
 
 
-def make_batches(config: Config, found: Any, template: Any) -> tuple[Any, Any, list[str]]:
+def make_batches(config: Config, found: Any, template: Any, mesh: Any) -> tuple[Any, Any, list[str]]:
     """Training and held-out batches (or `None`), and what became of the records in words."""
-    import jax
     import numpy as np
 
+    from jaxlm.core.sharding import data_share
     from jaxlm.data import chat_batches, chat_examples, chat_records
     from jaxlm.testing import toy_records
 
@@ -248,6 +250,7 @@ def make_batches(config: Config, found: Any, template: Any) -> tuple[Any, Any, l
     held_out = round(data.validation * len(records)) if len(records) > 1 else 0
     order = np.random.default_rng(config.seed).permutation(len(records))
     chosen = {"held out": sorted(order[:held_out]), "training": sorted(order[held_out:])}
+    process_index, process_count = data_share(mesh)
     notes, made = [], {}
     for name, rows in chosen.items():
         if not rows:
@@ -260,8 +263,8 @@ def make_batches(config: Config, found: Any, template: Any) -> tuple[Any, Any, l
             batch_size=config.batch_size,
             length=data.sequence_length,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=process_index,
+            process_count=process_count,
         )
     return made["training"], made["held out"], notes
 

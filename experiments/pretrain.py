@@ -184,17 +184,17 @@ def run(config: Config, out: Path) -> Report:
 
 
 def _train(config: Config, out: Path) -> Report:
-    import jax
-
-    from jaxlm.core import trees
+    from jaxlm.core import distributed, trees
     from jaxlm.models.flops import train_flops_per_token
     from jaxlm.training import keep_tokenizer, train_in_folder
 
     program = make_program(config)
-    data = prepare_data(config.data, seed=config.seed)
+    data = distributed.main_first(lambda: prepare_data(config.data, seed=config.seed))
+    distributed.check_equal("the training data", data.train.fingerprint)
     check_vocabulary(config, data)
     keep_tokenizer(data.tokenizer, out / "tokenizer")
-    batches = make_batches(config, data, process_index=jax.process_index(), process_count=jax.process_count())
+    process_index, process_count = program.data_share
+    batches = make_batches(config, data, process_index=process_index, process_count=process_count)
     with contextlib.closing(batches):
         state = train_in_folder(
             out,
@@ -262,7 +262,6 @@ def meta(config: Config, data: Prepared) -> dict[str, Any]:
 
 def make_evaluation(config: Config, program: Any, data: Prepared) -> Any:
     """`evaluate(params) -> {"eval/<source>/bits_per_byte": ...}` on the validation text of each source."""
-    import jax
     import numpy as np
 
     from jaxlm.data.pipeline import eval_batches
@@ -272,6 +271,7 @@ def make_evaluation(config: Config, program: Any, data: Prepared) -> Any:
     lengths = token_byte_lengths(data.tokenizer)
     lengths = np.pad(lengths, (0, config.model.vocab_size - len(lengths)))
     sums = program.jit(make_sums(program.objective, lengths))
+    process_index, process_count = program.data_share
 
     def evaluate(params: Any) -> dict[str, float]:
         results = {}
@@ -282,8 +282,8 @@ def make_evaluation(config: Config, program: Any, data: Prepared) -> Any:
                 batch_size=config.batch_size,
                 length=config.data.sequence_length,
                 max_batches=config.evaluate_batches,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=process_index,
+                process_count=process_count,
             )
             found = likelihood(sums, params, batches, program.put)
             for name in ("loss", "perplexity", "bits_per_byte"):

@@ -30,19 +30,19 @@ from types import ModuleType
 from typing import Annotated, Any, Literal, NoReturn
 
 from jaxlm.core.configs import differences, from_dict, to_dict
-from jaxlm.core.errors import CheckpointError, ConfigError, DataError, JaxlmError, nearest
+from jaxlm.core.errors import CheckpointError, ConfigError, DataError, JaxlmError, ProcessLostError, nearest
 from jaxlm.core.json_files import write_json
 from jaxlm.reporting.report import Report, format_cell
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the experiment in module `name` with the words of the command line, and exits."""
-    _exit(execute(sys.modules[name], sys.argv[1:] if argv is None else argv))
+    _leave(lambda: execute(sys.modules[name], sys.argv[1:] if argv is None else argv))
 
 
 def tool(name: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the tool in module `name` with the words of the command line, and exits."""
-    _exit(execute_tool(sys.modules[name], sys.argv[1:] if argv is None else argv))
+    _leave(lambda: execute_tool(sys.modules[name], sys.argv[1:] if argv is None else argv))
 
 
 def execute(experiment: ModuleType, argv: Sequence[str]) -> int:
@@ -187,10 +187,32 @@ def open_run_folder(out: Path, config: Any) -> None:
 
 def _remove_unused(out: Path) -> None:
     """Removes a run folder in which nothing was made, so that the corrected command may use it."""
-    if {path.name for path in out.iterdir()} <= {"config.json", ".lock"}:
-        for path in out.iterdir():
-            path.unlink()
-        out.rmdir()
+    with contextlib.suppress(FileNotFoundError):  # other processes of the run do the same
+        if {path.name for path in out.iterdir()} <= {"config.json", ".lock"}:
+            for path in out.iterdir():
+                path.unlink()
+            out.rmdir()
+
+
+def _leave(work: Callable[[], int]) -> NoReturn:
+    """Exits with the code that `work` returns, also where a read hangs that an orderly end would wait for."""
+    try:
+        code = work()
+    except Exception:
+        if "jax" not in sys.modules or not sys.modules["jax"].distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    watch = sys.modules.get("jaxlm.data.watch")
+    if watch is not None and watch.stalled():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if "jax" in sys.modules:
+        from jaxlm.core.distributed import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def _finish(report: Report, out: Path) -> None:
@@ -230,7 +252,8 @@ def _guard(argv: Sequence[str], command: str | None, prepare: Callable[[], Any],
     except JaxlmError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        resume = f"; resume with: {command}" if command and isinstance(error, ProcessLostError) else ""
+        print(f"error: {error}{resume}", file=sys.stderr)
         return 1 if ready and not isinstance(error, (ConfigError, DataError)) else 2
     except OSError as error:
         if error.errno not in _DISK:
@@ -249,16 +272,6 @@ def _guard(argv: Sequence[str], command: str | None, prepare: Callable[[], Any],
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 """What the machine, not the program, is to blame for."""
-
-
-def _exit(code: int) -> NoReturn:
-    """Ends the process, also where a read hangs in a thread that an orderly exit would wait for."""
-    watch = sys.modules.get("jaxlm.data.watch")
-    if watch is not None and watch.stalled():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def _preset(presets: dict[str, Any], argv: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("--rounds", "3"),
     "train_step": ("--rounds", "2"),
     "decode": ("--rounds", "2"),
+    "data_loading": ("--rounds", "3"),
 }
 ACCELERATOR = {"quantized_matmul": ("--preset", "accelerator")}
 

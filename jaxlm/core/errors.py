@@ -24,6 +24,10 @@ class NonFiniteError(JaxlmError, FloatingPointError):
     """A loss or gradient became NaN or infinite; names the step."""
 
 
+class ProcessLostError(JaxlmError, RuntimeError):
+    """Another process of a run on several hosts has ended or cannot be reached; the same command resumes."""
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """A sentence that lists the options, the nearest first: `"did you mean 'x'? (valid: x, y)"`."""
     options = [str(o) for o in options]

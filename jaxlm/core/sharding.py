@@ -6,6 +6,12 @@ device and every constraint is a no-op.
 
 Mesh axes: `data` (batch only), `fsdp` (batch, and weights sharded over it), `sequence` (length), `expert`, `tensor`
 (heads, feed-forward width, vocabulary).
+
+There is no axis for pipeline stages. Layers are scanned over one stack; stages would run that scan in `shard_map`, hand
+activations on while micro-batches rotate (with the bubble of a schedule, and its backward pass, of our own), keep
+embedding and head out of it, and do the same for caches, taps and edits: a second trunk, not a few lines. What it
+saves is network traffic between slow hosts, for models too large to gather a layer's weights in time; those meant here
+are not.
 """
 
 import contextlib
@@ -261,19 +267,58 @@ def batch_sharding(mesh: Mesh, ndim: int = 1, rules: Rules | None = None) -> Nam
     return NamedSharding(mesh, PartitionSpec(part, *[None] * (ndim - 1)))
 
 
+def data_share(mesh: Mesh, rules: Rules | None = None) -> tuple[int, int]:
+    """`(index, count)`: this process holds the `index`-th of `count` equal parts of each batch's rows.
+
+    As many parts as processes when the batch axes alone lie across processes. Where another axis does (a tensor axis
+    over two hosts), processes share a part: each of them reads all its rows.
+
+    Raises `ConfigError` when the mesh gives a process rows that do not lie together.
+    """
+    return _data_share(batch_sharding(mesh, 1, rules))
+
+
+@functools.lru_cache
+def _data_share(sharding: NamedSharding) -> tuple[int, int]:
+    mesh = sharding.mesh
+    parts = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in sharding.devices_indices_map((parts,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    size = len(shares[0])
+    if shares != [tuple(range(first, first + size)) for first in range(0, parts, size)]:
+        raise ConfigError(
+            f"mesh {dict(mesh.shape)}: its {len(held)} processes do not hold equal stretches of a batch's rows; "
+            "let data x fsdp be a multiple or a divisor of the number of processes"
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
 def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], rules: Rules | None = None) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on the mesh; together the processes' rows are the global batch.
+    """Puts this process's rows of a batch (its `data_share`) on the mesh; the parts together are the global batch.
 
     Raises `ConfigError` when the global batch cannot be divided evenly.
     """
     parts = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    count = data_share(mesh, rules)[1] if jax.process_count() > 1 else 1
     out = {}
     for name, x in batch.items():
-        total = x.shape[0] * jax.process_count()
+        total = x.shape[0] * count
         if total % parts:
             raise ConfigError(
                 f"batch of {total} rows is not divisible by {parts} (mesh data {mesh.shape['data']} x fsdp "
                 f"{mesh.shape['fsdp']})"
             )
-        out[name] = jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim, rules), np.asarray(x))
+        place = batch_sharding(mesh, x.ndim, rules)
+        out[name] = jax.make_array_from_process_local_data(place, np.asarray(x), (total, *x.shape[1:]))
     return out
+
+
+def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole of an array on every process; all must ask together when it lies on the devices of several."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)

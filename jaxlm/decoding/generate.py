@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Key
 
 from jaxlm.core.errors import ConfigError
+from jaxlm.core.sharding import to_host
 from jaxlm.decoding.generator import GenerationState, Generator
 from jaxlm.decoding.processors import MinP, Processor, RepetitionPenalty, TopK, TopP
 from jaxlm.decoding.stepper import Params, Stepper
@@ -172,8 +173,8 @@ def start(
 def collect(state: GenerationState, num_prompts: int, config: GenerationConfig) -> GenerationOutput:
     """The new tokens of a state that `start` made, on the host."""
     rows = num_prompts * config.num_samples
-    begin = np.asarray(state.prompt_lengths)[:rows]
-    lengths = np.asarray(state.lengths)[:rows] - begin
+    begin = to_host(state.prompt_lengths)[:rows]
+    lengths = to_host(state.lengths)[:rows] - begin
     new = np.arange(config.max_new_tokens)[None, :]
     real = new < lengths[:, None]
     places = np.where(real, begin[:, None] + new, 0)
@@ -184,14 +185,14 @@ def collect(state: GenerationState, num_prompts: int, config: GenerationConfig) 
     def cut(buffer: jax.Array | None) -> np.ndarray | None:
         if buffer is None:
             return None
-        values = np.take_along_axis(np.asarray(buffer)[:rows], places, axis=1)
+        values = np.take_along_axis(to_host(buffer)[:rows], places, axis=1)
         return shaped(np.where(real, values, values.dtype.type(0)))
 
     return GenerationOutput(
         cut(state.tokens),
         cut(state.logprobs),
         shaped(lengths),
-        shaped(np.asarray(state.stopped)[:rows]),
+        shaped(to_host(state.stopped)[:rows]),
         cut(state.processed_logprobs),
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Key
 
 from jaxlm.core.errors import ConfigError
+from jaxlm.core.sharding import to_host
 from jaxlm.decoding.generate import GenerationConfig, start
 from jaxlm.decoding.generator import GenerationState, Generator
 from jaxlm.decoding.processors import Forbid
@@ -72,8 +73,8 @@ def generate_text(
     texts = [_Text(tokenizer, config.stop) for _ in range(len(prompts) * config.num_samples)]
     chunk = 16 if config.stop else config.max_new_tokens
     *_, (state, _) = _run(generator, params, begun, texts, chunk, config)
-    begin, tokens, logprobs = (np.asarray(x) for x in (state.prompt_lengths, state.tokens, state.logprobs))
-    stopped = np.asarray(state.stopped)
+    begin, tokens, logprobs = (to_host(x) for x in (state.prompt_lengths, state.tokens, state.logprobs))
+    stopped = to_host(state.stopped)
     completions = []
     for row, text in enumerate(texts):
         new = slice(begin[row], begin[row] + text.num_tokens)
@@ -152,11 +153,11 @@ def _run(
     config: GenerationConfig,
 ) -> Iterator[tuple[GenerationState, list[str]]]:
     """Advances by `chunk` tokens at a time, feeds them to `texts`, and yields each text's new piece."""
-    begin = np.array(state.prompt_lengths)
+    begin = np.array(to_host(state.prompt_lengths))
     batch = len(begin)
     for _ in range(0, config.max_new_tokens, chunk):
         state = generator.advance(params, state, chunk)
-        lengths, tokens = np.array(state.lengths), np.array(state.tokens)
+        lengths, tokens = np.array(to_host(state.lengths)), np.array(to_host(state.tokens))
         for row, text in enumerate(texts):
             text.feed(tokens[row, begin[row] + text.num_tokens : lengths[row]])
         ended = np.zeros((batch,), bool)
@@ -164,7 +165,7 @@ def _run(
         if ended.any():
             state = generator.stop(state, ended)
         yield state, [text.piece() for text in texts]
-        if np.array(state.done).all():
+        if to_host(state.done).all():
             return
 
 

@@ -2,11 +2,13 @@
 
 `attend` chooses between implementations with the same results. `reference` forms all logits and supports everything.
 The others are those of `pallas_kernels.attention` (one source, no prefix or dense mask): they never hold more than a
-block of logits, skip the keys that a block cannot see, and recompute the probabilities in their backward passes.
+block of logits, skip the keys that a block cannot see, and recompute the probabilities in their backward passes. On
+a mesh with a sequence axis they run in a ring: each device keeps its part of the queries, keys and values go round.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError, nearest
-from pallas_kernels.attention import AttentionError, flash_attention, flash_attention_sharded
+from pallas_kernels.attention import AttentionError, flash_attention, flash_attention_ring, flash_attention_sharded
 
 # Finite, so that a row without any visible key stays free of NaN; such rows are set to zero explicitly.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -113,8 +115,11 @@ def attend(
     dtype = jnp.dtype(dtype or q.dtype)
     fits = _flash_fits(q, sources)
     if implementation not in ("auto", "reference") and not fits:
-        raise ConfigError(f"{implementation} attention takes one source without prefix or dense mask, lengths whole")
-    if fits and implementation != "reference" and (implementation != "auto" or q.shape[1] >= 64):
+        raise ConfigError(
+            f"{implementation} attention takes one source without prefix or dense mask, its length divided evenly"
+        )
+    long = q.shape[1] >= 64 or sharding.axis_size("sequence") > 1
+    if fits and implementation != "reference" and (implementation != "auto" or long):
         scaled = (q * jnp.asarray(scale, q.dtype)).astype(dtype)
         return _flash(scaled, sources[0], softcap, implementation).astype(q.dtype)
     return attend_with_weights(q, sources, scale=scale, softcap=softcap, dtype=dtype)[0]
@@ -165,7 +170,7 @@ def _logits(
 
 
 def _flash_fits(q: Array, sources: tuple[KeyValues, ...]) -> bool:
-    if len(sources) != 1 or sharding.axis_size("sequence") > 1:
+    if len(sources) != 1 or q.shape[1] % sharding.axis_size("sequence"):
         return False
     own = sources[0]
     return (
@@ -191,6 +196,8 @@ def _flash(
         "scale": 1.0,
         "implementation": implementation,
     }
+    if sharding.axis_size("sequence") > 1:
+        return _ring(q, k, v, options)
     names = ("batch", None, "act_kv_heads", None)
     batch_axes, _, head_axes, _ = sharding.local_spec(k.shape, names)
     same_heads = sharding.local_spec(q.shape, ("batch", None, "act_heads", None))[2] == head_axes
@@ -198,5 +205,19 @@ def _flash(
         if implementation != "blocked" and sharding.platform() != "cpu" and sharding.num_devices() > 1 and same_heads:
             return flash_attention_sharded(q, k, v, batch_axes=batch_axes, head_axes=head_axes, **options)
         return flash_attention(q, k, v, **options)
+    except AttentionError as error:
+        raise ConfigError(f"attention: {error}") from error
+
+
+def _ring(q: Array, k: Array, v: Array, options: dict[str, Any]) -> Float[Array, "batch length heads head_dim"]:
+    """`flash_attention_ring` on the ambient mesh."""
+    batch_axes, length_axis, head_axes, _ = sharding.local_spec(q.shape, ("batch", "length", "act_heads", None))
+    if sharding.local_spec(k.shape, ("batch", "length", "act_kv_heads", None))[2] != head_axes:
+        # Too few key/value heads to divide, so whole everywhere: each device takes those of its query heads.
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    try:
+        return flash_attention_ring(
+            q, k, v, sequence_axis=length_axis, batch_axes=batch_axes, head_axes=head_axes, **options
+        )
     except AttentionError as error:
         raise ConfigError(f"attention: {error}") from error

@@ -120,16 +120,36 @@ def default_chunk(batch: int, length: int, vocab_size: int) -> int:
     """As much of each row as keeps a chunk's float32 logits on a device below a fixed size."""
     rows = batch / (sharding.axis_size("data") * sharding.axis_size("fsdp"))
     columns = vocab_size / sharding.axis_size("tensor")
+    parts = sharding.axis_size("sequence") if length % sharding.axis_size("sequence") == 0 else 1
     size = _CHUNK_BYTES if sharding.platform() == "cpu" else _ACCELERATOR_CHUNK_BYTES
     fitting = max(1, int(size / (4 * max(rows, 1) * columns)))
-    chunks = -(-length // fitting)
-    return -(-length // chunks)
+    chunks = -(-length // (parts * fitting))
+    return parts * -(-length // (parts * chunks))
 
 
 def cut_chunks(x: Array, chunk_length: int) -> Array:
-    """`[batch, length, ...]` to `[length / chunk_length, batch, chunk_length, ...]`."""
+    """`[batch, length, ...]` to `[length / chunk_length, batch, chunk_length, ...]`.
+
+    Where the length is divided over devices, a chunk has an equal part of each device's tokens, not neighbors: so
+    nothing moves, and all devices work on every chunk. `join_chunks` is the inverse.
+    """
     batch, length, *rest = x.shape
-    return jnp.moveaxis(x.reshape(batch, length // chunk_length, chunk_length, *rest), 1, 0)
+    parts = _length_parts(chunk_length)
+    x = x.reshape(batch, parts, length // chunk_length, chunk_length // parts, *rest)
+    return jnp.moveaxis(x, 2, 0).reshape(length // chunk_length, batch, chunk_length, *rest)
+
+
+def join_chunks(chunks: Array) -> Array:
+    """`[chunks, batch, chunk_length, ...]` of `cut_chunks` to `[batch, length, ...]`."""
+    count, batch, chunk_length, *rest = chunks.shape
+    parts = _length_parts(chunk_length)
+    chunks = chunks.reshape(count, batch, parts, chunk_length // parts, *rest)
+    return jnp.moveaxis(chunks, 0, 2).reshape(batch, count * chunk_length, *rest)
+
+
+def _length_parts(chunk_length: int) -> int:
+    parts = sharding.axis_size("sequence")
+    return parts if chunk_length % parts == 0 else 1
 
 
 def _chunk_sums(head: Head, z_loss: float, head_params: Any, hidden: Array, targets: Array, weights: Array) -> tuple:

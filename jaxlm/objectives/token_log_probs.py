@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.core.sharding import constrain
 from jaxlm.objectives.base import Batch
-from jaxlm.objectives.causal_lm import Head, cut_chunks, default_chunk
+from jaxlm.objectives.causal_lm import Head, cut_chunks, default_chunk, join_chunks
 
 
 def token_log_probs(
@@ -42,7 +42,7 @@ def token_log_probs(
     piece = jax.checkpoint(functools.partial(_chunk_log_probs, head, temperature), prevent_cse=False)
     chunks = (cut_chunks(hidden, chunk_length), cut_chunks(targets, chunk_length))
     _, found = jax.lax.scan(lambda carry, chunk: (carry, piece(head_params, *chunk)), None, chunks)
-    return jnp.moveaxis(found, 0, 1).reshape(batch, length + pad)[:, :length]
+    return join_chunks(found)[:, :length]
 
 
 def model_log_probs(

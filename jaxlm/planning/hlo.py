@@ -78,8 +78,9 @@ def analyze(text: str) -> Costs:
                 # The greatest integer stands for an instruction that the compiler cannot judge.
                 cycles += times * int(match[1]) if int(match[1]) < _UNKNOWN_CYCLES else 0.0
             for kind, group, payload, channel in _collectives(module, body, instruction):
-                # A collective that the compiler spreads over several fusions keeps its channel.
-                if channel is None or channel not in channels:
+                # A collective that the compiler spreads over several fusions keeps its channel. (Those that
+                # `shard_map` permutes all have one channel without being one.)
+                if channel is None or channel not in channels or kind == "collective-permute":
                     channels.add(channel)
                     count, total = found.get((kind, group), (0.0, 0.0))
                     found[kind, group] = (count + times, total + times * payload)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.core.sharding import constrain
-from jaxlm.objectives.causal_lm import cut_chunks, default_chunk
+from jaxlm.objectives.causal_lm import cut_chunks, default_chunk, join_chunks
 from jaxlm.scoring.windows import rolling_windows
 
 _SHORTEST = 64
@@ -253,7 +253,7 @@ def _score(
         lambda chunk: piece(*chunk), (cut_chunks(hidden, chunk_length), cut_chunks(padded, chunk_length))
     )
     # Every process reads the results of all rows.
-    values, greedy = (constrain(_join(x)[:, :width], None, None) for x in found)
+    values, greedy = (constrain(join_chunks(x)[:, :width], None, None) for x in found)
     return values, greedy
 
 
@@ -266,8 +266,3 @@ def _chunk_scores(head: Callable, head_params: Any, hidden: Array, targets: Arra
     # As argmax: among equals the first.
     first = jnp.min(jnp.where(logits == top, columns, logits.shape[2]), axis=-1)
     return picked - jax.nn.logsumexp(logits, axis=-1), first == targets
-
-
-def _join(chunks: Array) -> Array:
-    count, batch, length = chunks.shape
-    return jnp.moveaxis(chunks, 0, 1).reshape(batch, count * length)

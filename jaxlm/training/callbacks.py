@@ -35,13 +35,14 @@ class Log(Nothing):
     whose peak is known.
     """
 
-    log: RunLog
+    log: RunLog | None
+    """Of the main process; the others have none."""
     progress: Progress | None = None
     learning_rate: Callable[[int], float] | None = None
     flops_per_token: float | None = None
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        if not is_main_process():
+        if self.log is None or not is_main_process():
             return
         objective = {f"train/{k}": v for k, v in metrics.items() if k not in _SYSTEM}
         system = {k: metrics[k] for k in _SYSTEM if k in metrics}
@@ -65,14 +66,15 @@ class Evaluate(Nothing):
     """Calls `evaluate(state.trainable) -> {name: value}` and logs what it returns."""
 
     evaluate: Callable[[Any], Mapping[str, float]]
-    log: RunLog
+    log: RunLog | None
+    """Of the main process; the others have none."""
     every: int = 0
     progress: Progress | None = None
     latest: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def at_step(self, step: int, state: TrainState) -> None:
         self.latest = dict(self.evaluate(state.trainable))
-        if not is_main_process():
+        if self.log is None or not is_main_process():
             return
         self.log.log(step, self.latest)
         if self.progress is not None:

@@ -17,8 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
+from jaxlm.core import distributed
 from jaxlm.core.errors import CheckpointError, DataError
 from jaxlm.core.json_files import read_object, write_json
 
@@ -48,7 +47,7 @@ class Checkpoints:
         self._ocp = ocp
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._sums = sums and jax.process_count() == 1
+        self._sums = sums
         self._pending: threading.Thread | None = None
         self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
@@ -106,29 +105,37 @@ class Checkpoints:
         were saved from. A damaged checkpoint is left where it is, reported by a warning, and the next older one is
         taken; if all are damaged, `CheckpointError`.
         """
-        candidates = self.steps()[::-1] if step is None else [step]
+        candidates = distributed.from_main(self.steps)[::-1] if step is None else [step]
         problems = []
         for candidate in candidates:
+            problem = None
             try:
-                self._verify(candidate)
+                self._agree_that_good(candidate)
                 args = self._ocp.args
                 items = args.Composite(state=args.StandardRestore(abstract), meta=args.JsonRestore())
                 restored = self._manager.restore(candidate, args=items)
-                return Restored(candidate, restored.state, restored.meta)
             except Exception as error:
-                problems.append(f"step {candidate}: {_first_line(error)}")
-                if step is None:
-                    warnings.warn(
-                        f"checkpoint {self.folder / str(candidate)} cannot be used ({_first_line(error)}); "
-                        "trying an older one",
-                        stacklevel=2,
-                    )
+                problem = _first_line(error)
+            # All processes take the same checkpoint: one that any of them cannot read is no good.
+            problem = next(filter(None, distributed.on_every_process(problem)), None)
+            if problem is None:
+                return Restored(candidate, restored.state, restored.meta)
+            problems.append(f"step {candidate}: {problem}")
+            if step is None:
+                warnings.warn(
+                    f"checkpoint {self.folder / str(candidate)} cannot be used ({problem}); trying an older one",
+                    stacklevel=2,
+                )
         if problems:
             raise CheckpointError(f"no usable checkpoint in {self.folder}: {'; '.join(problems)}")
         return None
 
     def discard_after(self, step: int) -> None:
         """Moves checkpoints newer than `step` aside (to `damaged-<step>`), so that the run can write them again."""
+        distributed.from_main(lambda: self._move_after(step))
+        self._manager.reload()
+
+    def _move_after(self, step: int) -> None:
         for newer in [s for s in self.steps() if s > step]:
             source, target = self.folder / str(newer), self.folder / f"damaged-{newer}"
             serial = 0
@@ -137,7 +144,6 @@ class Checkpoints:
                 target = self.folder / f"damaged-{newer}-{serial}"
             source.rename(target)
             self._sums_file(newer).unlink(missing_ok=True)
-        self._manager.reload()
 
     def _finish(self, step: int) -> None:
         try:
@@ -146,7 +152,7 @@ class Checkpoints:
             self._failed(step, error)
             return
         try:
-            if self._sums:
+            if self._sums and distributed.is_main_process():
                 self._write_sums(step)
         except OSError as error:
             warnings.warn(f"no check sums for the checkpoint of step {step}: {error}", stacklevel=2)
@@ -174,6 +180,18 @@ class Checkpoints:
         for old in path.parent.glob("*.json"):
             if not (self.folder / old.stem).exists():
                 old.unlink(missing_ok=True)
+
+    def _agree_that_good(self, step: int) -> None:
+        """`_verify` by the main process for all: they read the same files, and must take the same checkpoint."""
+
+        def problem() -> str | None:
+            try:
+                self._verify(step)
+            except CheckpointError as error:
+                return str(error)
+
+        if found := distributed.from_main(problem):
+            raise CheckpointError(found)
 
     def _verify(self, step: int) -> None:
         if not (self.folder / str(step)).is_dir():

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxlm.core.distributed import SharedStop
 from jaxlm.core.errors import NonFiniteError
 from jaxlm.training.state import TrainState
 from jaxlm.training.step import Metrics, Step
@@ -60,7 +61,8 @@ def fit(
     devices. A step whose loss or gradient is not finite leaves the parameters alone; with `non_finite="stop"` it then
     raises `NonFiniteError` with its number, with `"skip"` it is only counted (metric `skipped`), and the error comes
     after `max_skipped` in a row. The callbacks get the metrics of such steps first. At SIGTERM or SIGINT the callbacks
-    in `on_interrupt` get the state after the running step, then `Interrupted` is raised; a second signal acts at once.
+    in `on_interrupt` get the state after the running step (of several processes, all stop after the same one, soon),
+    then `Interrupted` is raised; a second signal acts at once.
     """
     number = int(jax.device_get(state.step))
     skipped = 0
@@ -89,6 +91,7 @@ def fit(
                 f"{values.get('grad_norm')}); parameters are still those of step {first - 1}"
             )
 
+    stop = SharedStop()
     with _Signals() as signals:
         while number < num_steps:
             batch = put(next(batches))
@@ -100,16 +103,17 @@ def fit(
                 look(pending)
             pending = (number, metrics, started)
             due = [c for c in callbacks if (c.every and number % c.every == 0) or number == num_steps]
-            if due or signals.received or number == num_steps:
+            signum = stop.poll(number, signals.received)
+            if due or signum or number == num_steps:
                 look(pending)
                 pending = None
             for callback in due:
                 callback.at_step(number, state)
-            if signals.received and number < num_steps:
+            if signum and number < num_steps:
                 for callback in on_interrupt:
                     if callback not in due:
                         callback.at_step(number, state)
-                raise Interrupted(signals.received, number)
+                raise Interrupted(signum, number)
     return state
 
 

@@ -81,6 +81,11 @@ class Program:
         call.trace, call.lower = on_mesh(jitted.trace), on_mesh(jitted.lower)
         return call
 
+    @functools.cached_property
+    def data_share(self) -> tuple[int, int]:
+        """Which of how many parts of each batch this process reads and gives to `put`."""
+        return sharding.data_share(self.mesh, self.rules)
+
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch, on the mesh."""
         return sharding.shard_batch(self.mesh, batch)

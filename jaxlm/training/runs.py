@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxlm.core import sharding
 from jaxlm.core.configs import from_dict
-from jaxlm.core.distributed import is_main_process
+from jaxlm.core.distributed import from_main, main_first
 from jaxlm.core.errors import CheckpointError, ConfigError, DataError
 from jaxlm.core.temporary import beside
 from jaxlm.data.cache import atomic_folder
@@ -74,24 +74,30 @@ def exclusive(folder: str | Path) -> Iterator[None]:
 
     Raises `CheckpointError` when another run is writing to the folder, `ConfigError` when nobody can.
     """
-    if not is_main_process():
+    held: list[int] = []
+
+    def hold() -> None:
+        held.append(_open_lock(Path(folder)))
+        _lock(held[0], Path(folder))
+
+    try:
+        from_main(hold)
         yield
-        return
-    folder = Path(folder)
+    finally:
+        for file in held:
+            os.close(file)
+
+
+def _open_lock(folder: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for place in (folder, folder / "checkpoints"):
             if place.is_dir():
                 with beside(place / "probe"):
                     pass
-        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(f"cannot write to run folder {folder}: {error.strerror} (or choose another --out)") from None
-    try:
-        _lock(file, folder)
-        yield
-    finally:
-        os.close(file)
 
 
 def _lock(file: int, folder: Path) -> None:
@@ -111,11 +117,15 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
     Raises `DataError` if it was not.
     """
-    if not folder.exists() and is_main_process():
-        with atomic_folder(folder) as temporary:
-            tokenizer.save(temporary)
-    elif folder.exists() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
-        raise DataError(
-            f"{folder} is not the tokenizer that the data gives now: the text has changed since the run began; "
-            "train on it in another folder, with --out"
-        )
+
+    def keep() -> None:
+        if not folder.exists():
+            with atomic_folder(folder) as temporary:
+                tokenizer.save(temporary)
+        elif load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"{folder} is not the tokenizer that the data gives now: the text has changed since the run began; "
+                "train on it in another folder, with --out"
+            )
+
+    main_first(keep)

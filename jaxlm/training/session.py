@@ -1,13 +1,15 @@
 """A training run in a folder: begun or resumed, logged, evaluated, checkpointed, stopped cleanly when asked to."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from rich.console import Console
 
-from jaxlm.core.distributed import is_main_process
-from jaxlm.core.errors import CheckpointError
+from jaxlm.core.distributed import is_main_process, lost_processes, wait_for_all
+from jaxlm.core.errors import CheckpointError, ProcessLostError
 from jaxlm.core.json_files import write_json
 from jaxlm.training.callbacks import Evaluate, Log, Profile, Save
 from jaxlm.training.checkpoints import Checkpoints
@@ -60,7 +62,8 @@ def train_in_folder(
     Every later step of a resumed run is the same as if it had never stopped. The folder gets checkpoints, the log of
     metrics, evaluations (`evaluate(trainable)` before the first step, every `evaluate_every` steps and at the end),
     a trace of `profile_steps` steps, the state of the data (`data.json`, from which any step's batch can be made
-    again), and `incidents` (see `Incidents`). SIGTERM and SIGINT save a checkpoint first.
+    again), and `incidents` (see `Incidents`). SIGTERM and SIGINT save a checkpoint first. Of several processes, which
+    share the folder, the main one writes the log and shows the progress.
 
     Args:
       meta: JSON that a checkpoint holds beside the state and the place in the data.
@@ -72,6 +75,7 @@ def train_in_folder(
     Raises:
       Interrupted: after a signal, once the state is saved.
       NonFiniteError: as `fit`.
+      ProcessLostError: another process of the run has ended; the same command resumes.
       CheckpointError: there are checkpoints, but none can be used; or the last one could not be saved.
     """
     checkpoints = Checkpoints(out / "checkpoints", keep=keep_checkpoints)
@@ -86,12 +90,18 @@ def train_in_folder(
         state, start = restored.state, restored.step
         checkpoints.discard_after(start)
         batches.set_state(restored.meta["data"])
-        print(f"resuming after step {start}", flush=True)
+        if is_main_process():
+            print(f"resuming after step {start}", flush=True)
 
     if is_main_process():
         write_json(out / "data.json", batches.get_state())
 
-    with RunLog(out, start_step=start + 1) as log, Progress(steps, start_step=start) as progress:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lost_processes("training"))
+        main = is_main_process()
+        log = stack.enter_context(RunLog(out, start_step=start + 1)) if main else None
+        progress = Progress(steps, start_step=start, console=None if main else Console(quiet=True))
+        stack.enter_context(progress)
         incidents = Incidents(out / "incidents", batches.provenance, threshold=spike_threshold, progress=progress)
         if restored is not None:
             incidents.set_state(restored.meta.get("losses", []))
@@ -110,18 +120,19 @@ def train_in_folder(
         if profile_steps:
             callbacks.append(Profile(out / "tensorboard", start + 10, profile_steps))
         try:
-            state = fit(
-                program.step,
-                state,
-                frozen,
-                batches,
-                num_steps=steps,
-                put=program.put,
-                callbacks=callbacks,
-                on_interrupt=[save],
-                non_finite=non_finite,
-                max_skipped=max_skipped,
-            )
+            with lost_processes("training"):
+                state = fit(
+                    program.step,
+                    state,
+                    frozen,
+                    batches,
+                    num_steps=steps,
+                    put=program.put,
+                    callbacks=callbacks,
+                    on_interrupt=[save],
+                    non_finite=non_finite,
+                    max_skipped=max_skipped,
+                )
         except Interrupted as stop:
             checkpoints.wait()
             saved = checkpoints.steps()
@@ -129,9 +140,15 @@ def train_in_folder(
             if stop.step not in saved:
                 what = f"NOT saved; the last checkpoint is that of step {saved[-1] if saved else 'none'}"
             progress.note(f"{stop}; {what}")
-            raise
-        finally:
             checkpoints.close()
+            raise
+        except ProcessLostError:
+            raise  # a save that has begun waits for the lost process: it is left
+        except BaseException:
+            checkpoints.close()
+            raise
+        checkpoints.close()
+    wait_for_all()  # the log is whole from here on
     if checkpoints.steps()[-1:] != [steps]:
         raise CheckpointError(
             f"the run is done, but its last checkpoint is not saved ({checkpoints.problem}); what is there: "

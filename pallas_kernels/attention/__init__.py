@@ -10,7 +10,7 @@
 from pallas_kernels.attention.api import IMPLEMENTATIONS, combine, flash_attention, flash_decode
 from pallas_kernels.attention.errors import AttentionError, UnsupportedError
 from pallas_kernels.attention.gpu_tables import GpuTiles
-from pallas_kernels.attention.sharded import flash_attention_sharded
+from pallas_kernels.attention.sharded import flash_attention_ring, flash_attention_sharded
 from pallas_kernels.attention.tiles import Tiles
 from pallas_kernels.attention.vjp import CHECKPOINT_NAMES
 
@@ -23,6 +23,7 @@ __all__ = [
     "UnsupportedError",
     "combine",
     "flash_attention",
+    "flash_attention_ring",
     "flash_attention_sharded",
     "flash_decode",
 ]

@@ -1,11 +1,20 @@
-"""Attention on a mesh: each device computes its rows of the batch and its heads."""
+"""Attention on a mesh: each device computes its rows of the batch and its heads, in a ring its part of the length too.
 
+In a ring (Liu et al. 2023, arXiv 2310.01889) each device keeps its queries while keys and values go round; partial
+results are joined by their log-sum-exps. A block of keys that lies `n` blocks back is at a static offset from the
+queries, so every implementation serves; blocks that no query of a device sees are not computed, and those that no
+device sees (beyond the window) not even sent. With a causal mask the devices at the beginning of the length have less
+to compute than those at its end and wait for them.
+"""
+
+import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels.attention.api import flash_attention
+from pallas_kernels.attention.api import combine, flash_attention
 from pallas_kernels.attention.errors import AttentionError
 
 Axes = str | Sequence[str] | None
@@ -29,19 +38,7 @@ def flash_attention_sharded(
     `mesh` is by default the ambient one (`jax.set_mesh`). Lengths stay whole. Raises `AttentionError` when the axes do
     not divide the batch or the key/value heads.
     """
-    known = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    for name, axes, x, axis in (
-        ("batch", batch_axes, q, 0),
-        ("heads of q", head_axes, q, 2),
-        ("heads of k", head_axes, k, 2),
-    ):
-        parts = 1
-        for axis_name in (axes,) if isinstance(axes, str) else axes or ():
-            if axis_name not in known.shape:
-                raise AttentionError(f"the mesh {dict(known.shape)} has no axis '{axis_name}'")
-            parts *= known.shape[axis_name]
-        if x.shape[axis] % parts:
-            raise AttentionError(f"{x.shape[axis]} ({name}) is not divisible by {parts}, the size of mesh axes {axes}")
+    _check_axes(mesh, ("batch", batch_axes, q, 0), ("heads of q", head_axes, q, 2), ("heads of k", head_axes, k, 2))
     heads = PartitionSpec(batch_axes, None, head_axes, None)
     rows = PartitionSpec(batch_axes, None)
 
@@ -56,3 +53,97 @@ def flash_attention_sharded(
         out_specs=(heads, lse) if return_lse else heads,
         check_vma=False,
     )(q, k, v, segment_ids, bias)
+
+
+def flash_attention_ring(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    sequence_axis: str,
+    batch_axes: Axes = None,
+    head_axes: Axes = None,
+    mesh: Mesh | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    **options,
+) -> jax.Array:
+    """`flash_attention` of queries to their own keys, the length too cut over a mesh axis; exact up to rounding.
+
+    Nothing of the forward pass is kept for the backward pass but the arguments: it goes round once more. Other
+    arguments and errors are those of `flash_attention_sharded`.
+    """
+    if q.shape[1] != k.shape[1]:
+        raise AttentionError(f"{q.shape[1]} queries and {k.shape[1]} keys, expected as many: a ring is self-attention")
+    parts = _check_axes(
+        mesh,
+        ("batch", batch_axes, q, 0),
+        ("heads of q", head_axes, q, 2),
+        ("heads of k", head_axes, k, 2),
+        ("length", sequence_axis, q, 1),
+    )
+    heads = PartitionSpec(batch_axes, sequence_axis, head_axes, None)
+    rows = PartitionSpec(batch_axes, sequence_axis)
+
+    @jax.checkpoint
+    def local(q, k, v, segment_ids, bias):
+        length, own = q.shape[1], jax.lax.axis_index(sequence_axis)
+        send = functools.partial(
+            jax.lax.ppermute, axis_name=sequence_axis, perm=[(i, (i + 1) % parts) for i in range(parts)]
+        )
+
+        def attend(blocks_back, held):
+            k, v, kv_segments, bias = held
+            return flash_attention(
+                q,
+                k,
+                v,
+                causal=causal,
+                window=window,
+                q_offset=blocks_back * length,
+                segment_ids=None if kv_segments is None else (segment_ids, kv_segments),
+                bias=bias,
+                return_lse=True,
+                **options,
+            )
+
+        def nothing(held):
+            shape = q.shape[0], q.shape[2], length
+            return jnp.zeros_like(q), jnp.full(shape, -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
+
+        held = k, v, segment_ids, bias
+        found = [attend(0, held)]
+        for back in range(1, _steps(parts, length, causal, window)):
+            held = jax.tree.map(send, held)
+            # Past the row's beginning the ring goes on with its end: keys that come after the queries.
+            later = nothing if causal else functools.partial(attend, back - parts)
+            found.append(jax.lax.cond(own >= back, functools.partial(attend, back), later, held))
+        return combine(*map(list, zip(*found)))[0]
+
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False
+    )(q, k, v, segment_ids, bias)
+
+
+def _steps(parts: int, length: int, causal: bool, window: int | None) -> int:
+    """How many blocks of keys, its own and those before, any device sees."""
+    if not causal or window is None:
+        return parts
+    # The first query of a block and the last key `n` blocks back lie (n - 1) * length + 1 apart.
+    return min(parts, 1 if window == 1 else 2 + (window - 2) // length)
+
+
+def _check_axes(mesh: Mesh | None, *cuts: tuple[str, Axes, jax.Array, int]) -> int:
+    """Raises `AttentionError` unless the axes exist and divide what is cut; returns the parts of the last."""
+    known = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    for name, axes, x, axis in cuts:
+        parts = 1
+        for axis_name in (axes,) if isinstance(axes, str) else axes or ():
+            if axis_name not in known.shape:
+                raise AttentionError(f"the mesh {dict(known.shape)} has no axis '{axis_name}'")
+            parts *= known.shape[axis_name]
+        if x.shape[axis] % parts:
+            raise AttentionError(f"{x.shape[axis]} ({name}) is not divisible by {parts}, the size of mesh axes {axes}")
+    return parts

@@ -308,3 +308,29 @@ def test_evaluation_is_limited_and_named(store):
     assert_same(limited, whole[:3])
     with pytest.raises(DataError, match="did you mean 'code'"):
         eval_batches(store, "cod", batch_size=2, length=8)
+
+
+class CountedReads:
+    """Stands for a store's tokens; counts the bytes that are read of them."""
+
+    def __init__(self, tokens):
+        self.tokens, self.bytes = tokens, 0
+
+    def __getitem__(self, at):
+        found = self.tokens[at]
+        self.bytes += found.nbytes
+        return found
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_each_process_reads_its_share_of_the_bytes(store, count, monkeypatch):
+    def bytes_read(process, of):
+        counted = CountedReads(store.tokens)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "tokens", counted)
+            take(iterator(store, process_index=process, process_count=of, buffer=0), 3)
+        return counted.bytes
+
+    whole = bytes_read(0, 1)
+    assert whole >= 3 * BATCH * LENGTH * store.tokens.itemsize
+    assert [bytes_read(process, count) for process in range(count)] == [whole // count] * count

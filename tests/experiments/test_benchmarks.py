@@ -5,7 +5,15 @@ import json
 import pytest
 
 from experiments.benchmarks import __main__ as everything
-from experiments.benchmarks import attention, cross_entropy, decode, harness, quantized_matmul, train_step
+from experiments.benchmarks import (
+    attention,
+    cross_entropy,
+    data_loading,
+    decode,
+    harness,
+    quantized_matmul,
+    train_step,
+)
 from experiments.benchmarks.llama import Size
 from jaxlm.core.errors import ConfigError
 
@@ -63,6 +71,18 @@ def test_attention_measures_every_implementation_of_this_platform(tmp_path):
         if row["work"] == "forward" and "error" not in row:
             assert row["tflops"] * 1e12 * row["seconds"] == pytest.approx(4 * 64 * 4 * 256 * 257 / 2)
     assert json.loads(out.read_text())["device"]["matmul_tflops"] > 0
+
+
+@pytest.mark.slow
+def test_data_loading_is_measured_for_each_number_of_processes():
+    config = data_loading.Config(processes=(1, 2), batch=4, length=16, tokens=20_000, steps=1, rounds=1)
+    alone, both = data_loading.main(config)
+    assert alone["tokens_read_by_each"] == [64]
+    assert both["tokens_read_by_each"] == [32, 32]
+    assert alone["scaling"] == 1.0
+    assert both["scaling"] == pytest.approx(both["rows_per_second"] / alone["rows_per_second"])
+    with pytest.raises(ConfigError, match="processes has 3, expected divisors of batch 4"):
+        data_loading.Config(processes=(3,), batch=4)
 
 
 def test_all_of_them_go_into_one_file(tmp_path, monkeypatch, capfd):
