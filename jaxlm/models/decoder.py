@@ -24,7 +24,7 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.core.keys import fold
 from jaxlm.core.sharding import constrain, gather, platform
 from jaxlm.layers import kv_cache, rotary
-from jaxlm.layers.attend import KeyValues, Mask, Visible
+from jaxlm.layers.attend import Filled, KeyValues, Mask, Visible
 from jaxlm.layers.attention import Attention, AttentionInputs
 from jaxlm.layers.context import Context, Edit, Probe
 from jaxlm.layers.embedding import Embedding, Head
@@ -254,7 +254,7 @@ class Decoder:
                 theta, scaling = (c.rope_theta_local, None) if local else (c.rope_theta, c.rope_scaling)
                 ropes[local] = rotary.tables(positions, c.rotary_dim, theta, scaling)
         cached = {
-            kind.window: kv_cache.visible(cache, shape[1], kind.window)
+            kind.window: Filled(kv_cache.visible(cache, shape[1], kind.window), cache.index, cache.start, kind.window)
             for kind in set(c.layer_kinds())
             if attends_cache
         }
