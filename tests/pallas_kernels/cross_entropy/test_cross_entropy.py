@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.cross_entropy import KernelError, cross_entropy
+from pallas_kernels.cross_entropy import KernelError, Shards, cross_entropy
 from pallas_kernels.cross_entropy.tpu import VMEM_BUDGET, VMEM_LIMIT, choose_tiles, vmem_bytes
 from pallas_kernels.target import CHIPS
 from tests.pallas_kernels import absent_tpu
@@ -41,7 +41,7 @@ def expected(x, head, targets, weights, a, b, softcap):
     return weights * each, lse, d @ head.T, x.T @ d, a * each
 
 
-def computed(x, head, targets, weights, a, b, softcap, transposed, implementation, chunk=128):
+def computed(x, head, targets, weights, a, b, softcap, transposed, implementation, chunk=128, shards=None):
     def total(x, head, weights):
         loss, lse = cross_entropy(
             x,
@@ -52,6 +52,7 @@ def computed(x, head, targets, weights, a, b, softcap, transposed, implementatio
             softcap=softcap,
             transposed=transposed,
             chunk=chunk,
+            shards=shards,
             implementation=implementation,
         )
         return jnp.sum(a * loss + b * lse), (loss, lse)
@@ -100,6 +101,58 @@ def test_gradient_by_finite_differences(implementation):
     got = computed(x, head, targets, weights, a, b, 4.0, False, implementation)
     slope = float(jnp.sum(got[2] * direction[0]) + jnp.sum(got[3] * direction[1]))
     np.testing.assert_allclose((total(1e-2) - total(-1e-2)) / 2e-2, slope, rtol=1e-2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tokens_of_two_axes_and_which_are_predicted(implementation):
+    x, head, targets, weights, *_ = case(24, 16, 140)
+    targets = targets.at[::2].set(jnp.argmax(x @ head, axis=1)[::2])
+    more = {"weights": weights, "implementation": implementation, "chunk": 64}
+    loss, lse, correct = cross_entropy(x, head, targets, return_correct=True, **more)
+    assert np.array_equal(correct, np.argmax(x @ head, axis=1) == targets)
+    shaped = (x.reshape(3, 8, 16), head, targets.reshape(3, 8))
+    again = cross_entropy(*shaped, **{**more, "weights": weights.reshape(3, 8)})
+    for a, b in zip(again, (loss, lse), strict=True):
+        np.testing.assert_allclose(a, b.reshape(3, 8), rtol=1e-6)
+
+
+SHARDS = {
+    "rows": Shards(("data", "tensor")),
+    "columns": Shards((), ("data", "tensor")),
+    "both": Shards(("data", None), "tensor"),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shards", SHARDS)
+def test_on_a_mesh_each_device_computes_its_part(shards, transposed):
+    problem = case(4 * 6, 16, 304)
+    types = (jax.sharding.AxisType.Auto,) * 2
+
+    def shaped(x, head, targets, weights, a, b):
+        return x.reshape(4, 6, 16), head, *(v.reshape(4, 6) for v in (targets, weights, a, b))
+
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "tensor"), axis_types=types)):
+        got = computed(*shaped(*problem), 5.0, transposed, "tpu_interpret", shards=SHARDS[shards])
+    loss, lse, dx, dhead, dweights = got
+    flat = loss.reshape(-1), lse.reshape(-1), dx.reshape(24, 16), dhead, dweights.reshape(-1)
+    compare(flat, expected(*problem, 5.0), 1e-5)
+
+
+def test_a_mesh_that_cannot_be_divided_so_is_named():
+    x, head, targets, *_ = case(8, 16, 301)
+    types = (jax.sharding.AxisType.Auto,) * 2
+    call = functools.partial(cross_entropy, x, head, targets, implementation="tpu_interpret")
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "tensor"), axis_types=types)):
+        for message, shards in {
+            "a mesh of 8 devices without shards": None,
+            "a vocabulary of 301 in 2 parts": Shards(("data",), "tensor"),
+            "axes that repeat or are not of the mesh": Shards(("data",), "data"),
+        }.items():
+            with pytest.raises(KernelError, match=message):
+                call(shards=shards)
+        loss, _ = cross_entropy(x, head, targets)  # XLA divides what is no kernel
+    np.testing.assert_allclose(loss, cross_entropy(x, head, targets)[0], rtol=1e-6)
 
 
 def test_large_logits_and_weights_of_zero_are_finite():
@@ -181,7 +234,8 @@ def test_bad_input_is_named():
         "z_loss is -1": lambda: call(z_loss=-1),
         "softcap is 0": lambda: call(softcap=0),
         "valid: auto, reference": lambda: call(implementation="triton"),
-        "two axes each": lambda: cross_entropy(x[None], head, targets),
+        r"expected two axes \(x: or more\)": lambda: cross_entropy(x, head[None], targets),
+        r"targets have shape \(6,\), expected \(1, 6\)": lambda: cross_entropy(x[None], head, targets),
         "cannot do .*: platform cpu": lambda: call(implementation="tpu"),
         "operands in float16": lambda: call(implementation="tpu_interpret", operand_dtype=jnp.float16),
     }.items():
