@@ -76,17 +76,54 @@ def test_values_and_gradients(implementation, softcap, transposed):
     compare(computed(*problem, softcap, transposed, implementation), expected(*problem, softcap), 1e-5)
 
 
-@settings(max_examples=5, derandomize=True, deadline=None)
-@given(
-    tokens=st.sampled_from([1, 16, 530]),
-    vocab=st.sampled_from([1, 127, 1024, 1100]),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
-    implementation=st.sampled_from(IMPLEMENTATIONS[1:]),
+some_problem = st.fixed_dictionaries(
+    {
+        "tokens": st.integers(1, 40) | st.just(530),
+        "embed": st.integers(1, 70),
+        "vocab": st.integers(1, 300) | st.sampled_from([1024, 1100]),
+        "dtype": st.sampled_from(["float32", "bfloat16"]),
+        "softcap": st.none() | st.just(4.0),
+        "transposed": st.booleans(),
+        "implementation": st.sampled_from(IMPLEMENTATIONS[1:]),
+    }
 )
-def test_any_shape(tokens, vocab, dtype, implementation):
-    problem = case(tokens, 40, vocab, dtype, seed=tokens)
+
+
+def check_problem(tokens, embed, vocab, dtype, softcap, transposed, implementation):
+    problem = case(tokens, embed, vocab, dtype, seed=tokens)
     tolerance = {"float32": 2e-5, "bfloat16": 3e-2}[dtype]
-    compare(computed(*problem, None, False, implementation, chunk=256), expected(*problem, None), tolerance)
+    got = computed(*problem, softcap, transposed, implementation, chunk=256)
+    compare(got, expected(*problem, softcap), tolerance)
+
+
+@settings(max_examples=5, derandomize=True, deadline=None, database=None)
+@given(some_problem)
+def test_any_shape(problem):
+    check_problem(**problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(some_problem)
+def test_many_shapes(problem):
+    check_problem(**problem)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_gradients_in_float64_by_finite_differences(implementation):
+    with jax.enable_x64(True):
+        x, head, targets, *numbers = case(5, 8, 30, jnp.float64)
+        weights, a, b = (jnp.asarray(n, jnp.float64) for n in numbers)
+        direction = case(5, 8, 30, jnp.float64, seed=1)
+
+        def total(t):
+            moved = x + t * direction[0], head + t * direction[1], targets, weights + t * direction[3]
+            loss, lse = computed(*moved, a, b, 4.0, False, implementation, chunk=7)[:2]
+            return jnp.sum(a * loss + b * lse)
+
+        _, _, *gradients = computed(x, head, targets, weights, a, b, 4.0, False, implementation, chunk=7)
+        slope = sum(jnp.sum(g * direction[i]) for g, i in zip(gradients, (0, 1, 3), strict=True))
+        np.testing.assert_allclose((total(1e-5) - total(-1e-5)) / 2e-5, slope, rtol=1e-7)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
@@ -229,6 +266,7 @@ def test_bad_input_is_named():
     for message, do in {
         r"x \[tokens, embed\] has shape \(6, 8\), but head \[vocab, embed\]": lambda: call(transposed=True),
         r"targets have shape \(5,\), expected \(6,\)": lambda: cross_entropy(x, head, targets[:5]),
+        r"has shape \(0, 8\), but head": lambda: cross_entropy(x[:0], head, targets[:0]),
         "targets are float32": lambda: cross_entropy(x, head, x[:, 0]),
         "weights have shape": lambda: call(weights=jnp.ones(3)),
         "z_loss is -1": lambda: call(z_loss=-1),
