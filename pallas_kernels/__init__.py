@@ -13,6 +13,7 @@ _HOMES = {
     "flash_attention": "attention",
     "flash_attention_sharded": "attention",
     "flash_decode": "attention",
+    "flash_decode_sharded": "attention",
 }
 
 

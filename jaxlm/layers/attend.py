@@ -4,6 +4,7 @@
 The others are those of `pallas_kernels.attention` (one source, no prefix or dense mask): they never hold more than a
 block of logits, skip the keys that a block cannot see, and recompute the probabilities in their backward passes. On
 a mesh with a sequence axis they run in a ring: each device keeps its part of the queries, keys and values go round.
+On TPUs a few tokens read a cache with `flash_decode`; what else they attend to is combined with that.
 """
 
 import dataclasses
@@ -16,7 +17,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError, nearest
-from pallas_kernels.attention import AttentionError, flash_attention, flash_attention_ring, flash_attention_sharded
+from pallas_kernels.attention import (
+    AttentionError,
+    combine,
+    flash_attention,
+    flash_attention_ring,
+    flash_attention_sharded,
+    flash_decode,
+    flash_decode_sharded,
+)
 
 # Finite, so that a row without any visible key stays free of NaN; such rows are set to zero explicitly.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -72,17 +81,31 @@ class Visible:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Filled:
+    """Which slots of a cache a call's tokens see: a row's from `starts` (default 0) to `ends`, `window` tokens back.
+
+    The tokens follow the filled slots, in order. `mask` says the same as an array, for what knows no such structure.
+    """
+
+    mask: Bool[Array, "batch queries slots"]
+    ends: Int[Array, "batch"] | Int[Array, ""]
+    starts: Int[Array, "batch"] | None = None
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class KeyValues:
     """One source: keys and values, which of them each query sees, and a bias on their logits.
 
     `k`, `v`: `[batch, keys, kv_heads, head_dim]`, or `[batch, queries, keys, kv_heads, head_dim]` if private to each
-    query, or with `heads_first` `[batch, kv_heads, keys, head_dim]`, as in a cache. `allowed`: a `Visible` (own),
-    a mask broadcastable to `[batch, queries, keys]`, or `None` (all).
+    query, or with `heads_first` `[batch, kv_heads, keys, head_dim]`, as in a cache. `allowed`: a `Visible` (own), a
+    `Filled` (cache), a mask broadcastable to `[batch, queries, keys]`, or `None` (all).
     """
 
     k: Array
     v: Array
-    allowed: Visible | Array | None = None
+    allowed: Visible | Filled | Array | None = None
     bias: Float[Array, "batch keys"] | None = None
     heads_first: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -113,6 +136,9 @@ def attend(
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(f"attention implementation '{implementation}': {nearest(implementation, IMPLEMENTATIONS)}")
     dtype = jnp.dtype(dtype or q.dtype)
+    decodes = _decode_fits(sources, implementation)
+    if implementation == "tpu" and decodes or implementation == "auto" and decodes and sharding.platform() == "tpu":
+        return _decode(q, sources, scale, softcap, dtype, implementation)
     fits = _flash_fits(q, sources)
     if implementation not in ("auto", "reference") and not fits:
         raise ConfigError(
@@ -135,9 +161,17 @@ def attend_with_weights(
 ) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries keys"]]:
     """The reference implementation; also returns the attention weights, sources concatenated along the keys."""
     dtype = jnp.dtype(dtype or q.dtype)
-    batch, queries, heads, head_dim = q.shape
+    batch, queries, heads, _ = q.shape
+    out, weights, _, _ = _softmax(q * jnp.asarray(scale, q.dtype), sources, softcap, dtype)
+    return out.astype(q.dtype), weights.reshape(batch, heads, queries, -1)
+
+
+def _softmax(scaled: Array, sources: tuple[KeyValues, ...], softcap: float | None, dtype) -> tuple[Array, ...]:
+    """Of scaled queries the float32 results `[batch, queries, heads, head_dim]`, weights `[b, k, g, t, s]`, and the
+    largest logit and sum of exponentials `[b, k, g, t, 1]` of each."""
+    batch, queries, heads, head_dim = scaled.shape
     kv_heads = sources[0].k.shape[sources[0].axes.index("k")]
-    grouped = (q * jnp.asarray(scale, q.dtype)).reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    grouped = scaled.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
     grouped = grouped.astype(dtype)
     logits = [_logits(grouped, source, softcap, dtype) for source in sources]
     joined = jnp.concatenate(logits, axis=-1) if len(logits) > 1 else logits[0]
@@ -151,7 +185,7 @@ def attend_with_weights(
         part, values = weights[..., start:end].astype(dtype), source.v.astype(dtype)
         out = out + jnp.einsum(f"bkgts,{source.axes}->btkgd", part, values, preferred_element_type=jnp.float32)
         start = end
-    return out.reshape(q.shape).astype(q.dtype), weights.reshape(batch, heads, queries, -1)
+    return out.reshape(scaled.shape), weights, top, total
 
 
 def _logits(
@@ -166,6 +200,8 @@ def _logits(
     allowed = source.allowed
     if isinstance(allowed, Visible):
         allowed = allowed.dense(q.shape[1])
+    elif isinstance(allowed, Filled):
+        allowed = allowed.mask
     return logits if allowed is None else jnp.where(allowed[:, None, None], logits, _MASKED)
 
 
@@ -198,12 +234,10 @@ def _flash(
     }
     if sharding.axis_size("sequence") > 1:
         return _ring(q, k, v, options)
-    names = ("batch", None, "act_kv_heads", None)
-    batch_axes, _, head_axes, _ = sharding.local_spec(k.shape, names)
-    same_heads = sharding.local_spec(q.shape, ("batch", None, "act_heads", None))[2] == head_axes
+    divided = _divided(q, k, "bskd")
     try:
-        if implementation != "blocked" and sharding.platform() != "cpu" and sharding.num_devices() > 1 and same_heads:
-            return flash_attention_sharded(q, k, v, batch_axes=batch_axes, head_axes=head_axes, **options)
+        if implementation != "blocked" and sharding.platform() != "cpu" and divided is not None:
+            return flash_attention_sharded(q, k, v, **divided, **options)
         return flash_attention(q, k, v, **options)
     except AttentionError as error:
         raise ConfigError(f"attention: {error}") from error
@@ -221,3 +255,62 @@ def _ring(q: Array, k: Array, v: Array, options: dict[str, Any]) -> Float[Array,
         )
     except AttentionError as error:
         raise ConfigError(f"attention: {error}") from error
+
+
+def _decode_fits(sources: tuple[KeyValues, ...], implementation: str) -> bool:
+    cached = sources[0]
+    return (
+        implementation in ("auto", "tpu")
+        and isinstance(cached.allowed, Filled)
+        and cached.heads_first
+        and cached.bias is None
+        and len(sources) > 1
+        and sharding.axis_size("sequence") == 1
+    )
+
+
+def _decode(
+    q: Float[Array, "batch length heads head_dim"],
+    sources: tuple[KeyValues, ...],
+    scale: float | Array,
+    softcap: float | None,
+    dtype,
+    implementation: str,
+) -> Float[Array, "batch length heads head_dim"]:
+    """Attention to a cache, the first source, by `flash_decode`, combined with that to the others, which are short."""
+    cached, *others = sources
+    filled = cached.allowed
+    scaled = q * jnp.asarray(scale, q.dtype)
+    narrow = scaled.astype(dtype)
+    options = {
+        "starts": filled.starts,
+        "window": filled.window,
+        "q_offset": 0,
+        "softcap": softcap,
+        "scale": 1.0,
+        "return_lse": True,
+        "implementation": implementation,
+    }
+    ends = jnp.broadcast_to(filled.ends, q.shape[:1])
+    divided = _divided(q, cached.k, cached.axes)
+    try:
+        if divided is not None and sharding.platform() != "cpu":
+            out, lse = flash_decode_sharded(narrow, cached.k, cached.v, ends, **divided, **options)
+        else:
+            out, lse = flash_decode(narrow, cached.k, cached.v, ends, **options)
+    except AttentionError as error:
+        raise ConfigError(f"attention: {error}") from error
+    rest, _, top, total = _softmax(scaled, tuple(others), softcap, dtype)
+    rest_lse = jnp.where(total == 0.0, -jnp.inf, top + jnp.log(jnp.where(total == 0.0, 1.0, total)))
+    rest_lse = rest_lse.reshape(lse.shape)
+    return combine([out.astype(rest.dtype), rest], [lse, rest_lse])[0].astype(q.dtype)
+
+
+def _divided(q: Array, k: Array, axes: str) -> dict[str, Any] | None:
+    """The mesh axes over which rows and heads of a kernel's call lie, or `None` on one device or if heads part."""
+    names = {"b": "batch", "k": "act_kv_heads"}
+    spec = dict(zip(axes, sharding.local_spec(k.shape, [names.get(axis) for axis in axes]), strict=True))
+    heads = sharding.local_spec(q.shape, ("batch", None, "act_heads", None))[2]
+    if sharding.num_devices() == 1 or heads != spec["k"]:
+        return None
+    return {"batch_axes": spec["b"], "head_axes": spec["k"]}

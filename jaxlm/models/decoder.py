@@ -13,7 +13,7 @@ Layers are stacked along a leading axis and scanned (`jaxlm.models.blocks` knows
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,7 +24,7 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.core.keys import fold
 from jaxlm.core.sharding import constrain, gather, platform
 from jaxlm.layers import kv_cache, rotary
-from jaxlm.layers.attend import KeyValues, Mask, Visible
+from jaxlm.layers.attend import Filled, KeyValues, Mask, Visible
 from jaxlm.layers.attention import Attention, AttentionInputs
 from jaxlm.layers.context import Context, Edit, Probe
 from jaxlm.layers.embedding import Embedding, Head
@@ -48,6 +48,17 @@ class TrunkOutput:
     cache: KVCache | None
     taps: Mapping[str, Any]
     aux: Mapping[str, Array]
+
+
+class HeadProjection(NamedTuple):
+    """Logits are `softcap(inputs @ kernel)`, or `inputs @ kernel.T` if `transposed` (a tied embedding): operands in
+    `dtype`, float32 sums, `softcap * tanh(logits / softcap)`."""
+
+    inputs: Float[Array, "batch length embed"]
+    kernel: Float[Array, "embed vocab"] | Float[Array, "vocab embed"]
+    transposed: bool
+    dtype: jnp.dtype
+    softcap: float | None
 
 
 class Block(nn.Module):
@@ -168,6 +179,18 @@ class Decoder:
         whole = weight if isinstance(weight, Weight) else gather(weight, stored, used)
         return {**head_params, name: {**head_params[name], leaf: whole}}
 
+    def head_projection(
+        self, params: Params, hidden: Float[Array, "batch length embed"]
+    ) -> HeadProjection | None:
+        """What `head` multiplies, for losses that never form logits; `None` unless its weight is an array."""
+        name, leaf = ("embedding", "table") if self.config.tie_embeddings else ("head", "kernel")
+        weight = params[name][leaf]
+        if isinstance(weight, Weight):
+            return None
+        normed = make_norm(self.config).apply({"params": params["final_norm"]}, hidden)
+        dtype, softcap = self.config.precision.matmul_dtype, self.config.final_softcap
+        return HeadProjection(normed, weight, self.config.tie_embeddings, dtype, softcap)
+
     def head(self, params: Params, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
         """Float32 logits: final norm, projection, soft cap."""
         normed = make_norm(self.config).apply({"params": params["final_norm"]}, hidden)
@@ -254,7 +277,7 @@ class Decoder:
                 theta, scaling = (c.rope_theta_local, None) if local else (c.rope_theta, c.rope_scaling)
                 ropes[local] = rotary.tables(positions, c.rotary_dim, theta, scaling)
         cached = {
-            kind.window: kv_cache.visible(cache, shape[1], kind.window)
+            kind.window: Filled(kv_cache.visible(cache, shape[1], kind.window), cache.index, cache.start, kind.window)
             for kind in set(c.layer_kinds())
             if attends_cache
         }

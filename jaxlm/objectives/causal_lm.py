@@ -1,7 +1,8 @@
 """Next-token prediction: weighted cross-entropy over chunks of the length, with an optional z-loss.
 
 Logits of a whole batch never exist at once. Each chunk's gradient is computed together with its loss in the forward
-pass (the loss is a sum, so the backward pass only scales it), which saves computing the logits a second time.
+pass (the loss is a sum, so the backward pass only scales it), which saves computing the logits a second time. On TPUs
+a kernel can do it without any logits in memory (`pallas_kernels.cross_entropy`), and computes them three times.
 """
 
 import dataclasses
@@ -17,10 +18,17 @@ from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.sharding import constrain
 from jaxlm.objectives.base import Aux, Batch, StepContext
+from pallas_kernels import cross_entropy as kernels
 
 _CHUNK_BYTES = 64 << 20
 # On meshes of accelerators each chunk ends with the reduction of the head's gradient over all devices.
 _ACCELERATOR_CHUNK_BYTES = 256 << 20
+
+IMPLEMENTATIONS = ("auto", "fused", "kernels", "reference")
+
+# Kernels take ten operations for each logit and weight where chunks take six, which also move a logit some six times.
+# By a v5e's 240 operations a byte that breaks even near a width of 1400; by arithmetic, not by measurement.
+_KERNEL_WIDTH = 1024
 
 Head = Callable[[Any, Float[Array, "batch length embed"]], Float[Array, "batch length vocab"]]
 
@@ -29,7 +37,8 @@ Head = Callable[[Any, Float[Array, "batch length embed"]], Float[Array, "batch l
 class CausalLM:
     """Mean negative log-likelihood of `targets`, weighted by `loss_weights`, over the whole batch.
 
-    `model` is a `Decoder` (anything with `embed`, `trunk`, `head`, `head_params`, `gather_head`). `z_loss` times the
+    `model` is a `Decoder` (anything with `embed`, `trunk`, `head`, `head_params`, `gather_head`, and for kernels
+    `head_projection`). `z_loss` times the
     squared log-partition is added for each token (PaLM, Chowdhery et al. 2022, section 5). `chunk_length` cuts each
     row for the vocabulary projection; by default so that a chunk's logits take at most about 64 MB a device (256 MB on
     accelerators).
@@ -38,14 +47,16 @@ class CausalLM:
     model: Any
     z_loss: float = 0.0
     chunk_length: int | None = None
-    implementation: str = "fused"
-    """`fused`: gradients in the forward pass; `reference`: plain, for second derivatives and forward mode."""
+    implementation: str = "auto"
+    """`fused`: gradients in the forward pass; `kernels`: logits in the chip's own memory alone (TPUs; the head's weight
+    an array); `reference`: plain, for second derivatives and forward mode; `auto`: `kernels` for narrow models where
+    they fit, else `fused`."""
 
     def __post_init__(self):
         if self.z_loss < 0:
             raise ConfigError(f"z_loss is {self.z_loss}, expected >= 0")
-        if self.implementation not in ("fused", "reference"):
-            raise ConfigError(f"implementation '{self.implementation}' (valid: fused, reference)")
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ConfigError(f"implementation '{self.implementation}' (valid: {', '.join(IMPLEMENTATIONS)})")
 
     def totals(self, params: Any, batch: Batch, ctx: StepContext) -> dict[str, Array]:
         """`{"tokens": sum(loss_weights)}`."""
@@ -78,6 +89,7 @@ class CausalLM:
             chunk_length=self.chunk_length,
             implementation=self.implementation,
             gather=self.model.gather_head,
+            projection=getattr(self.model, "head_projection", None),
         )
 
 
@@ -91,15 +103,25 @@ def token_loss_sums(
     vocab_size: int,
     z_loss: float = 0.0,
     chunk_length: int | None = None,
-    implementation: str = "fused",
+    implementation: str = "auto",
     gather: Callable[[Any], Any] = lambda head_params: head_params,
+    projection: Callable[[Any, Array], Any] | None = None,
 ) -> dict[str, Float[Array, ""]]:
     """Sums over tokens of `weights * (nll + z_loss * lse^2)`, `weights * nll` and `weights * correct`.
 
     `head(gather(head_params), chunk) -> float32 logits` is called on chunks `[batch, chunk_length, embed]`; `gather`
-    changes the layout of sharded weights, once for all chunks. Only the first sum, `loss`, has a gradient.
+    changes the layout of sharded weights, once for all chunks. Only the first sum, `loss`, has a gradient. Kernels
+    take `projection(gather(head_params), hidden)` instead: what `head` multiplies (`Decoder.head_projection`), or
+    `None`. Raises `ConfigError` when they are asked for and cannot do it.
     """
     batch, length, _ = hidden.shape
+    if implementation == "kernels" or implementation == "auto" and _worth_kernels(hidden):
+        projected = None if projection is None else projection(gather(head_params), hidden)
+        reason = _why_no_kernels(projected)
+        if reason is None:
+            return _kernel_sums(projected, targets, weights, z_loss)
+        if implementation == "kernels":
+            raise ConfigError(f"implementation 'kernels' of the loss: {reason}")
     chunk_length = chunk_length or default_chunk(batch, length, vocab_size)
     pad = -length % chunk_length
     if pad:
@@ -150,6 +172,47 @@ def join_chunks(chunks: Array) -> Array:
 def _length_parts(chunk_length: int) -> int:
     parts = sharding.axis_size("sequence")
     return parts if chunk_length % parts == 0 else 1
+
+
+def _worth_kernels(hidden: Array) -> bool:
+    return sharding.platform() == "tpu" and hidden.shape[-1] <= _KERNEL_WIDTH
+
+
+def _why_no_kernels(projected: Any) -> str | None:
+    if projected is None:
+        return "the head is no product with one array"
+    return kernels.why_not(
+        projected.inputs,
+        projected.kernel,
+        transposed=projected.transposed,
+        operand_dtype=projected.dtype,
+        shards=_shards(),
+    )
+
+
+def _kernel_sums(projected: Any, targets: Array, weights: Array, z_loss: float) -> dict[str, Float[Array, ""]]:
+    nll, lse, correct = kernels.cross_entropy(
+        projected.inputs,
+        projected.kernel,
+        targets,
+        softcap=projected.softcap,
+        transposed=projected.transposed,
+        operand_dtype=projected.dtype,
+        return_correct=True,
+        shards=_shards(),
+        implementation="tpu",
+    )
+    loss = nll + z_loss * jnp.square(lse) if z_loss else nll
+    sums = {"nll": jnp.sum(weights * nll), "correct": jnp.sum(weights * correct)}
+    return {"loss": jnp.sum(weights * loss), **jax.lax.stop_gradient(sums)}
+
+
+def _shards() -> kernels.Shards:
+    *rows, columns = sharding.mesh_axes("batch", "length", "vocab")
+    taken = {name for part in rows for name in part}
+    return kernels.Shards(
+        tuple(part or None for part in rows), tuple(name for name in columns if name not in taken) or None
+    )
 
 
 def _chunk_sums(head: Head, z_loss: float, head_params: Any, hidden: Array, targets: Array, weights: Array) -> tuple:

@@ -10,7 +10,7 @@
 from pallas_kernels.attention.api import IMPLEMENTATIONS, combine, flash_attention, flash_decode
 from pallas_kernels.attention.errors import AttentionError, UnsupportedError
 from pallas_kernels.attention.gpu_tables import GpuTiles
-from pallas_kernels.attention.sharded import flash_attention_ring, flash_attention_sharded
+from pallas_kernels.attention.sharded import flash_attention_ring, flash_attention_sharded, flash_decode_sharded
 from pallas_kernels.attention.tiles import Tiles
 from pallas_kernels.attention.vjp import CHECKPOINT_NAMES
 
@@ -26,4 +26,5 @@ __all__ = [
     "flash_attention_ring",
     "flash_attention_sharded",
     "flash_decode",
+    "flash_decode_sharded",
 ]

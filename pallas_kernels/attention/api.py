@@ -1,5 +1,7 @@
 """The functions that others call: they check, choose an implementation, and lay the arrays out for it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -126,8 +128,10 @@ def flash_decode(
     yet in it, and the result is to be combined with attention to them (`return_lse`, `combine`).
 
     The result is `[batch, queries, heads, head_dim]`, 0 for a query that sees nothing; `return_lse` adds the
-    log-sum-exps `[batch, heads, queries]`. Only the reference is differentiable. `implementation`: `reference`, `tpu`,
-    or `auto`; `block` overrides the number of slots that the kernel reads at a time.
+    log-sum-exps `[batch, heads, queries]`. A cache in another format than `q` is cast to it, by the kernel a block at a
+    time. Differentiable in `q`, `k` and `v`; the gradient is the reference's. `implementation`: `reference`, `tpu`, or
+    `auto`; `block` overrides the number of slots that the kernel reads at a time. Kernels are not partitioned by XLA:
+    call this inside `jax.shard_map`, or `flash_decode_sharded`.
     """
     check_qkv(q, k, v, heads_first=True)
     check_options(window, softcap)
@@ -149,18 +153,14 @@ def flash_decode(
         with_lse=return_lse,
         interpret=interpret,
         decode=True,
+        cache_dtype=k.dtype,
     )
     name = dispatch.choose(implementation, request, DECODE_IMPLEMENTATIONS)
     lengths, starts = jnp.minimum(lengths, capacity).astype(jnp.int32), starts.astype(jnp.int32)
     if name == "tpu":
-        from pallas_kernels.attention import tpu_decode
-
-        out, lse = tpu_decode.attention(structure, grouped, k, v, lengths, starts, block, interpret)
+        out, lse = _decode_on_tpu(structure, block, interpret, grouped, k, v, lengths, starts)
     else:
-        slots = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
-        ends, places = lengths[:, None, None], jnp.arange(queries, dtype=jnp.int32)[None, :, None]
-        allowed = structure.allowed(places + ends, slots) & (slots < ends) & (slots >= starts[:, None, None])
-        out, lse = reference.softmax_attention(grouped, k, v, allowed, None, scale, softcap)
+        out, lse = _decode_plainly(structure, grouped, k, v, lengths, starts)
     out = heads_last(out)
     return (out, lse.reshape(batch, heads, queries)) if return_lse else out
 
@@ -187,6 +187,34 @@ def combine(outs: list[jax.Array], lses: list[jax.Array]) -> tuple[jax.Array, ja
     shares = jnp.swapaxes(weights / safe, 2, 3)[..., None]
     out = sum(share * out for share, out in zip(shares, outs))
     return out.astype(outs[0].dtype), jnp.where(empty, -jnp.inf, top + jnp.log(safe))[0]
+
+
+def _decode_plainly(structure: Structure, q, k, v, lengths, starts) -> tuple[jax.Array, jax.Array]:
+    slots = jnp.arange(k.shape[2], dtype=jnp.int32)[None, None, :]
+    ends, places = lengths[:, None, None], jnp.arange(q.shape[3], dtype=jnp.int32)[None, :, None]
+    allowed = structure.allowed(places + ends, slots) & (slots < ends) & (slots >= starts[:, None, None])
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    return reference.softmax_attention(q, k, v, allowed, None, structure.scale, structure.softcap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _decode_on_tpu(structure: Structure, block: int | None, interpret: bool, q, k, v, lengths, starts):
+    from pallas_kernels.attention import tpu_decode
+
+    return tpu_decode.attention(structure, q, k, v, lengths, starts, block, interpret)
+
+
+def _decode_forward(structure: Structure, block: int | None, interpret: bool, *arrays):
+    return _decode_on_tpu(structure, block, interpret, *arrays), arrays
+
+
+def _decode_backward(structure: Structure, block: int | None, interpret: bool, arrays, cotangents):
+    q, k, v, lengths, starts = arrays
+    _, pull = jax.vjp(lambda q, k, v: _decode_plainly(structure, q, k, v, lengths, starts), q, k, v)
+    return *pull(cotangents), None, None
+
+
+_decode_on_tpu.defvjp(_decode_forward, _decode_backward)
 
 
 def _passes(name: str, tiles: Tiles | GpuTiles | None, interpret: bool) -> vjp.Passes:

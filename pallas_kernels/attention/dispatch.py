@@ -35,6 +35,7 @@ class Request:
     with_lse: bool = False
     interpret: bool = False
     decode: bool = False
+    cache_dtype: jnp.dtype | None = None
 
 
 def why_not(name: str, request: Request) -> str | None:
@@ -60,6 +61,8 @@ def why_not(name: str, request: Request) -> str | None:
         return f"head_dim is {head_dim}, expected {HEAD_DIMS[0]} to {HEAD_DIMS[1]}"
     if name == "tpu":
         reason = _wrong_dtype(dtype, jnp.float32, jnp.bfloat16)
+        if request.cache_dtype is not None:
+            reason = reason or _wrong_dtype(request.cache_dtype, jnp.float32, jnp.bfloat16, what="the cache's dtype")
         return reason or tiles.why_not_tpu(request)
     if request.decode:
         return "there is no decoding kernel for GPUs: a few queries are bound by reading the cache, which XLA does well"
@@ -101,9 +104,9 @@ def _say(name: str, reasons: list[str]) -> str:
     return name
 
 
-def _wrong_dtype(dtype, *expected) -> str | None:
+def _wrong_dtype(dtype, *expected, what: str = "dtype") -> str | None:
     names = [jnp.dtype(d).name for d in expected]
-    return None if dtype in expected else f"dtype is {jnp.dtype(dtype).name}, expected {' or '.join(names)}"
+    return None if dtype in expected else f"{what} is {jnp.dtype(dtype).name}, expected {' or '.join(names)}"
 
 
 def _why_not_cuda() -> str | None:

@@ -18,11 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import gpu_tables as tables
-from pallas_kernels.attention.gpu_registers import Interpreted, Registers
 from pallas_kernels.attention.gpu_tables import GpuTiles
 from pallas_kernels.attention.problem import HIDDEN, MASKED, Operands, Structure
 from pallas_kernels.attention.tiles import round_up
 from pallas_kernels.attention.vjp import Passes
+from pallas_kernels.gpu_registers import Interpreted, Registers
 
 LOG2E = math.log2(math.e)
 

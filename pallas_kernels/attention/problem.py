@@ -73,16 +73,18 @@ def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array, heads_first: bool = Fals
     for name, x in (("k", k), ("v", v)):
         if x.ndim != 4:
             raise AttentionError(f"{name} has shape {x.shape}, expected {names}")
-        if x.dtype != q.dtype:
-            raise AttentionError(f"{name} is {x.dtype} and q is {q.dtype}: cast them to one dtype")
+        other, dtype = ("k", k.dtype) if heads_first else ("q", q.dtype)
+        if x.dtype != dtype:
+            raise AttentionError(f"{name} is {x.dtype} and {other} is {dtype}: cast them to one dtype")
         if x.shape[0] != q.shape[0]:
             raise AttentionError(f"{name} {x.shape} and q {q.shape} disagree on the batch")
     if k.shape[-1] != q.shape[-1]:
         raise AttentionError(f"k {k.shape} and q {q.shape} disagree on head_dim")
     if v.shape != k.shape:
         raise AttentionError(f"v {v.shape} and k {k.shape} differ: values of another head_dim are not supported")
-    if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise AttentionError(f"q is {q.dtype}, expected a floating-point dtype")
+    for name, x in (("q", q), ("k", k)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise AttentionError(f"{name} is {x.dtype}, expected a floating-point dtype")
     heads, kv_heads = q.shape[2], k.shape[1 if heads_first else 2]
     if 0 in q.shape or 0 in k.shape:
         raise AttentionError(f"q {q.shape} or k {k.shape} has an axis of length 0")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels.attention.api import combine, flash_attention
+from pallas_kernels.attention.api import combine, flash_attention, flash_decode
 from pallas_kernels.attention.errors import AttentionError
 
 Axes = str | Sequence[str] | None
@@ -53,6 +53,40 @@ def flash_attention_sharded(
         out_specs=(heads, lse) if return_lse else heads,
         check_vma=False,
     )(q, k, v, segment_ids, bias)
+
+
+def flash_decode_sharded(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    *,
+    batch_axes: Axes = None,
+    head_axes: Axes = None,
+    mesh: Mesh | None = None,
+    starts: jax.Array | None = None,
+    return_lse: bool = False,
+    **options,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`flash_decode` under `jax.shard_map`, with `batch_axes`, `head_axes` and `mesh` as in `flash_attention_sharded`.
+
+    The cache `[batch, kv_heads, capacity, head_dim]` lies with its rows and heads; its slots are whole.
+    """
+    _check_axes(mesh, ("batch", batch_axes, q, 0), ("heads of q", head_axes, q, 2), ("heads of k", head_axes, k, 1))
+    heads, cache = PartitionSpec(batch_axes, None, head_axes, None), PartitionSpec(batch_axes, head_axes, None, None)
+    rows = PartitionSpec(batch_axes)
+
+    def local(q, k, v, lengths, starts):
+        return flash_decode(q, k, v, lengths, starts=starts, return_lse=return_lse, **options)
+
+    lse = PartitionSpec(batch_axes, head_axes, None)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(heads, cache, cache, rows, rows),
+        out_specs=(heads, lse) if return_lse else heads,
+        check_vma=False,
+    )(q, k, v, lengths, starts)
 
 
 def flash_attention_ring(

@@ -47,6 +47,9 @@ TPU_TILES = {
 TPU_DECODE_SLOTS = {2: 512, 4: 256}
 """Cache slots read at a time, by bytes of an element."""
 
+TPU_DECODE_ROWS = 256
+"""Queries times heads of a group that the decoding kernel takes; their logits and sums stay in vector memory."""
+
 
 class Steps(NamedTuple):
     """The pairs that a kernel visits, in order. `major` is the block that results are summed for."""
@@ -144,10 +147,12 @@ def by_segments(steps: Steps, q_segments: jax.Array, kv_segments: jax.Array, bq:
 
 
 def why_not_tpu(request) -> str | None:
-    """Why the tables of a request do not fit in scalar memory, or `None`."""
+    """Why the rows of a request do not fit in vector memory or its tables in scalar memory, or `None`."""
     batch, kv_heads, group, queries, keys, head_dim = request.shape
     if request.decode:
-        return None
+        if group * queries <= TPU_DECODE_ROWS:
+            return None
+        return f"{queries} queries of {group} heads for each key head are more than {TPU_DECODE_ROWS} rows"
     tiles = tpu_tiles(queries, keys, head_dim, jnp.dtype(request.dtype).itemsize)
     pairs = pairs_by_query(request.structure, queries, keys, tiles.q_backward, tiles.k_backward)
     needed = tables_bytes(len(pairs.flags) * group, batch if request.segments else 1)

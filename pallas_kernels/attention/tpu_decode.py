@@ -28,7 +28,7 @@ def attention(
     """`q` `[b, k, g, t, d]`, the cache `[b, k, slots, d]`, `lengths` and `starts` `[b]`: results and log-sum-exps."""
     batch, kv_heads, group, queries, head_dim = q.shape
     capacity = k.shape[2]
-    block = min(block or TPU_DECODE_SLOTS[q.dtype.itemsize], round_up(capacity, LANES))
+    block = min(block or TPU_DECODE_SLOTS[max(q.dtype.itemsize, k.dtype.itemsize)], round_up(capacity, LANES))
     rows = group * queries
     padded = round_up(rows, 32 // q.dtype.itemsize)  # whole registers
     q = jnp.pad(q.reshape(batch, kv_heads, rows, head_dim), ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
@@ -91,7 +91,8 @@ def _kernel(structure, queries, block, capacity, low, high, lengths, starts, q_r
 
     @pl.when(low[row] + step < high[row])
     def _():
-        q, k, v = q_ref[0, 0], k_ref[0, 0], v_ref[0, 0]
+        q = q_ref[0, 0]
+        k, v = k_ref[0, 0].astype(q.dtype), v_ref[0, 0].astype(q.dtype)
         start = (low[row] + step) * block
         if capacity % block:  # what lies beyond the cache is undefined, and 0 * NaN is NaN
             beyond = jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) + start >= capacity

@@ -10,8 +10,8 @@ from pallas_kernels.cross_entropy.reference import cap, dlogits, logits_of
 Array = jax.Array
 
 
-def lse_and_picked(x: Array, head: Array, targets: Array, options: Any) -> tuple[Array, Array]:
-    """As `reference.lse_and_picked`, with the logits of `options.chunk` columns at a time."""
+def statistics(x: Array, head: Array, targets: Array, options: Any) -> tuple[Array, Array, Array]:
+    """As `reference.statistics`, with the logits of `options.chunk` columns at a time."""
 
     def add_chunk(i: Array, state: tuple) -> tuple:
         top, total, picked = state
@@ -24,7 +24,7 @@ def lse_and_picked(x: Array, head: Array, targets: Array, options: Any) -> tuple
     like = jax.eval_shape(lambda: logits_of(x, _columns(head, 0, options), options))
     start = (jnp.full(x.shape[0], -jnp.inf, like.dtype), *(jnp.zeros(x.shape[0], like.dtype) for _ in range(2)))
     top, total, picked = jax.lax.fori_loop(0, _chunks(head, options), add_chunk, start)
-    return top + jnp.log(total), picked
+    return top + jnp.log(total), picked, top
 
 
 def gradients(

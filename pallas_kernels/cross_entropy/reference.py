@@ -8,11 +8,14 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def lse_and_picked(x: Array, head: Array, targets: Array, options: Any) -> tuple[Array, Array]:
-    """The log-partition and the target's logit of each token, float32 `[tokens]`; JAX differentiates it."""
+def statistics(x: Array, head: Array, targets: Array, options: Any) -> tuple[Array, Array, Array]:
+    """The log-partition, the target's logit and the largest logit of each token, float32 `[tokens]`.
+
+    JAX differentiates it.
+    """
     logits = cap(logits_of(x, head, options), options.softcap)
     picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=1), picked
+    return jax.nn.logsumexp(logits, axis=1), picked, jnp.max(logits, axis=1)
 
 
 def logits_of(x: Array, head: Array, options: Any) -> Array:

@@ -72,22 +72,22 @@ def vmem_bytes(tiles: Tiles, embed: int, x_dtype: Any, head_dtype: Any) -> int:
     return operands + gradient + 3 * 4 * tiles.tokens * tiles.columns + 12 * 4 * tiles.tokens * _LANES
 
 
-def lse_and_picked(x: Array, head: Array, targets: Array, options: Any) -> tuple[Array, Array]:
-    """As `reference.lse_and_picked`."""
+def statistics(x: Array, head: Array, targets: Array, options: Any) -> tuple[Array, Array, Array]:
+    """As `reference.statistics`; of a target that is not among the columns the logit is 0."""
     tokens, embed, vocab, tiles, head_spec = _problem(x, head, options)
     each = pl.BlockSpec((tiles.tokens, 1), lambda i, j: (i, 0))
-    lse, picked = pl.pallas_call(
+    found = pl.pallas_call(
         functools.partial(_forward_kernel, options=options, vocab=vocab),
-        out_shape=[jax.ShapeDtypeStruct((tokens, 1), jnp.float32)] * 2,
+        out_shape=[jax.ShapeDtypeStruct((tokens, 1), jnp.float32)] * 3,
         grid=(pl.cdiv(tokens, tiles.tokens), pl.cdiv(vocab, tiles.columns)),
         in_specs=[pl.BlockSpec((tiles.tokens, embed), lambda i, j: (i, 0)), head_spec(lambda i, j: j), each],
-        out_specs=[each, each],
+        out_specs=[each] * 3,
         scratch_shapes=[pltpu.VMEM((tiles.tokens, 1), jnp.float32)] * 3,
         compiler_params=_COMPILER,
         interpret=options.chosen == "tpu_interpret",
         name="cross_entropy",
     )(x, head, targets[:, None])
-    return lse[:, 0], picked[:, 0]
+    return tuple(a[:, 0] for a in found)
 
 
 def gradients(
@@ -157,7 +157,8 @@ def _problem(x: Array, head: Array, options: Any) -> tuple:
     return tokens, embed, vocab, tiles, head_spec
 
 
-def _forward_kernel(x_ref, head_ref, targets_ref, lse_ref, picked_ref, top_ref, total_ref, hit_ref, *, options, vocab):
+def _forward_kernel(x_ref, head_ref, targets_ref, *rest, options, vocab):
+    lse_ref, picked_ref, largest_ref, top_ref, total_ref, hit_ref = rest
     step = pl.program_id(1)
 
     @pl.when(step == 0)
@@ -178,6 +179,7 @@ def _forward_kernel(x_ref, head_ref, targets_ref, lse_ref, picked_ref, top_ref, 
     def _():
         lse_ref[...] = top_ref[...] + jnp.log(total_ref[...])
         picked_ref[...] = hit_ref[...]
+        largest_ref[...] = top_ref[...]
 
 
 def _dx_kernel(x_ref, head_ref, *rest, options, vocab):

@@ -18,7 +18,7 @@ from pallas_kernels.target import KernelError, Target
 Array = jax.Array
 Axes = str | tuple[str, ...] | None
 
-IMPLEMENTATIONS = ("auto", "reference", "tpu", "tpu_interpret")
+IMPLEMENTATIONS = ("auto", "reference", "tpu", "tpu_interpret", "hopper", "hopper_interpret")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +67,12 @@ def quantized_matmul(
     `x` alone has a gradient: that of the product with the unpacked matrix, also for `activation_bits=8`
     (straight-through).
 
-    `implementation`: `reference` (plain JAX, everywhere; GPUs take it), `tpu` (Mosaic kernels), `tpu_interpret` (these,
-    interpreted, anywhere: for tests), `auto`: `tpu` where it fits. What is computed is the same up to rounding. On a
-    mesh of several devices kernels need `shards`; the reference leaves the division to XLA. Inside `jax.shard_map`
-    neither is needed. With `PALLAS_KERNELS_DEBUG=1` in the environment each call says what was chosen and why.
+    `implementation`: `reference` (plain JAX, everywhere; GPUs take it), `tpu` (Mosaic kernels), `hopper` (a Mosaic GPU
+    kernel for H100 and H200 and blocks along the input, not yet run on a chip), `tpu_interpret` and `hopper_interpret`
+    (these, interpreted, anywhere: for tests), `auto`: `tpu` where it fits. What is computed is the same up to rounding
+    (`hopper` does not round unpacked weights: it multiplies whole numbers and scales sums in float32). On a mesh of
+    several devices kernels need `shards`; the reference leaves the division to XLA. Inside `jax.shard_map` neither is
+    needed. With `PALLAS_KERNELS_DEBUG=1` in the environment each call says what was chosen and why.
 
     Raises `KernelError` (a `ValueError`) when arrays do not fit together or a forced implementation cannot do it.
     """
@@ -137,6 +139,11 @@ def _on_one_device(x: Array, w: Packed, options: _Options, target: Target) -> Ar
     dtype = jnp.dtype(options.dtype)
     if options.chosen == "reference":
         return reference.matmul(x, w, transposed=options.transposed, dtype=dtype, target=target)
+    if options.chosen in ("hopper", "hopper_interpret"):
+        # Imported by who uses it: it exists on Linux alone.
+        from pallas_kernels.quantized_matmul import gpu
+
+        return gpu.matmul(x, w, dtype=dtype, interpret=options.chosen == "hopper_interpret")
     return tpu.matmul(x, w, transposed=options.transposed, dtype=dtype, interpret=interpret)
 
 
@@ -203,8 +210,13 @@ def _cannot(
     target: Target,
 ) -> str | None:
     """Why the kernel cannot do it."""
-    if target.platform != "tpu" and implementation != "tpu_interpret":
+    hopper = implementation in ("hopper", "hopper_interpret")
+    if implementation == "hopper" and not target.hopper:
+        return f"it is for Hopper (H100, H200), and the device is '{target.kind or target.platform}'"
+    if target.platform != "tpu" and implementation in ("auto", "tpu"):
         return f"platform {target.platform}, for which there is no kernel"
+    if hopper and activation_bits == 8:
+        return "int8 activations"
     if x.size == 0 or w.codes.size == 0:
         return f"no elements in x {tuple(x.shape)} or codes {tuple(w.codes.shape)}"
     if activation_bits == 8 and implementation != "tpu_interpret" and not (target.chip and target.chip.int8_matmul):
@@ -229,6 +241,10 @@ def _cannot(
         if activation_bits == 8 and blocked > 1:
             return f"a scale for each row of x, which lies in {blocked} parts"
         local = _local(w, blocked, free)
+    if hopper:
+        from pallas_kernels.quantized_matmul import gpu
+
+        return gpu.unsupported(local, jnp.dtype(dtype), transposed, implementation == "hopper_interpret")
     return tpu.unsupported(local, x.dtype, jnp.dtype(dtype), transposed, activation_bits == 8)
 
 

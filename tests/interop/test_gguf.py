@@ -1,5 +1,6 @@
 """GGUF files, written by the `gguf` package and read by us."""
 
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -20,10 +21,13 @@ from jaxlm.interop import gguf
 from jaxlm.interop.gguf import blocks, reader
 from jaxlm.layers.rotary import RopeScaling, frequencies
 from jaxlm.testing import tiny_decoder
+from pallas_kernels import quantized_matmul as kernels
 from tests.interop import gguf_files as files
+from tests.pallas_kernels import absent_tpu
 
 FAMILIES = {"llama": "llama", "smollm2": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 FAMILIES |= {name: name for name in ("gemma", "gemma2", "gemma3")}
+product = kernels.quantized_matmul
 QUANTIZED = [kind for kind in gguf.TYPES if kind not in blocks.FLOATS]
 
 
@@ -145,6 +149,50 @@ def test_parameters_are_placed_on_a_mesh(packed, tmp_path):
     assert all(isinstance(x.sharding, jax.sharding.NamedSharding) and x.sharding.mesh == mesh for x in leaves)
     assert not there.params["embedding"]["table"].codes.is_fully_replicated if packed else True
     chex.assert_trees_all_equal(*(jax.tree.map(np.asarray, found.params) for found in (here, there)))
+
+
+def packed_on_a_mesh(tmp_path):
+    """A model of formats that kernels take, here and on eight devices."""
+    shape = {"embed_dim": 128, "mlp_dim": 128, "num_heads": 4, "num_kv_heads": 2, "num_layers": 2}
+    sizes = {"attn_q": 128, "attn_k": 64, "attn_v": 64, "attn_output": 128, "ffn_up": 128, "ffn_gate": 128}
+    embedding = files.Quantized(files.random_blocks("Q8_0", 64, 128), "Q8_0")
+    tensors = {"token_embd.weight": embedding, "output.weight": None}
+    for i in range(2):
+        for j, (name, rows) in enumerate({**sizes, "ffn_down": 128}.items()):
+            kind = "Q4_1" if name == "ffn_up" else "Q4_0"
+            tensors[f"blk.{i}.{name}.weight"] = files.Quantized(files.random_blocks(kind, rows, 128, j), kind)
+    path, model, _ = tiny_file(tmp_path, tensors=tensors, tie_embeddings=True, **shape)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    return gguf.load(path, packed=True), gguf.load(path, packed=True, mesh=mesh), mesh
+
+
+def test_packed_kernels_know_their_axes_so_that_each_device_multiplies_its_part(tmp_path, monkeypatch):
+    here, there, mesh = packed_on_a_mesh(tmp_path)
+    assert here.params["embedding"]["table"].names == ("tied_vocab", "embed")
+    assert here.params["blocks"][0]["mlp"]["down"]["kernel"].names == ("mlp", "embed")
+    ids = jnp.arange(32, dtype=jnp.int32).reshape(4, 8)
+    expected = jax.jit(here.model.apply)({"params": here.params}, ids)
+    for implementation in ("auto", "tpu_interpret"):
+        monkeypatch.setattr(kernels, "quantized_matmul", functools.partial(product, implementation=implementation))
+        with sharding.use_mesh(mesh, there.config.sharding_rules(mesh)):
+            got = jax.jit(lambda *args: there.model.apply(*args))({"params": there.params}, ids)  # traced anew
+        chex.assert_trees_all_close(np.asarray(got), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_packed_models_take_kernels_on_several_tpus(tmp_path):
+    _, there, _ = packed_on_a_mesh(tmp_path)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2), absent_tpu.devices("v5e:2x4"))
+
+    def absent(x):
+        where = jax.sharding.NamedSharding(mesh, x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    params = jax.tree.map(absent, there.params)
+    ids = jax.ShapeDtypeStruct((4, 8), jnp.int32, sharding=sharding.batch_sharding(mesh, 2))
+    with sharding.use_mesh(mesh, there.config.sharding_rules(mesh)), absent_tpu.no_disk_cache():
+        text = jax.jit(there.model.apply).lower({"params": params}, ids).compile().as_text()
+    # Seven of the scanned block, and the tied head.
+    assert text.count('custom_call_target="tpu_custom_call"') == 8
 
 
 def test_rope_settings(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import chex
 import jax
@@ -7,9 +8,15 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlm.compression import QuantizeConfig, quantize
+from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError
-from jaxlm.objectives import CausalLM, StepContext, token_loss_sums
-from jaxlm.testing import tiny_decoder
+from jaxlm.core.precision import BFLOAT16
+from jaxlm.models import Decoder
+from jaxlm.objectives import CausalLM, StepContext, causal_lm, token_loss_sums
+from jaxlm.testing import tiny_config, tiny_decoder
+from pallas_kernels import cross_entropy
+from tests.pallas_kernels import absent_tpu
 
 
 def batch(length=13, seed=0):
@@ -47,6 +54,80 @@ def test_equals_optax_on_whole_logits(family, chunk):
         chex.assert_trees_all_close(grads, expected_grads, atol=1e-6, rtol=1e-4)
         total = aux.metrics["loss"][0] + aux.metrics["z_loss"][0]
         np.testing.assert_allclose(total / aux.metrics["loss"][1], expected, rtol=1e-5)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The loss's kernels as on a TPU, in Pallas' interpreter."""
+
+    def forced(*args, implementation, **options):
+        assert implementation == "tpu"
+        return cross_entropy.cross_entropy(*args, implementation="tpu_interpret", **options)
+
+    entry = types.SimpleNamespace(cross_entropy=forced, why_not=lambda *_, **__: None, Shards=cross_entropy.Shards)
+    monkeypatch.setattr(causal_lm, "kernels", entry)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # a head of its own; tied, with a soft cap
+@pytest.mark.parametrize("divided", [False, True])
+def test_kernels_give_the_values_and_gradients_of_chunks(family, divided, interpreted):
+    model, params = tiny_decoder(family, num_layers=1)
+    data = {name: jnp.concatenate([x, x[:1]]) for name, x in batch(12).items()}
+    expected = value_and_gradient(CausalLM(model, z_loss=1e-3, implementation="reference"), params, data)
+    objective = CausalLM(model, z_loss=1e-3, implementation="kernels")
+    if divided:
+        mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+        rules = model.config.sharding_rules(mesh)
+        params = jax.device_put(params, sharding.shardings(mesh, model.axes(), params, rules))
+        with sharding.use_mesh(mesh, rules):
+            got = value_and_gradient(objective, params, data)
+    else:
+        got = value_and_gradient(objective, params, data)
+    got, expected = jax.tree.map(np.asarray, (got, expected))
+    chex.assert_trees_all_close(got, expected, atol=2e-6, rtol=1e-4)
+
+
+def test_kernels_say_why_they_cannot():
+    model, params = tiny_decoder("llama", num_layers=1)
+    objective = CausalLM(model, implementation="kernels")
+    with pytest.raises(ConfigError, match="'kernels' of the loss: platform cpu, for which there is no kernel"):
+        value_and_gradient(objective, params, batch())
+    packed = quantize(params, QuantizeConfig(4, 16, embeddings=True), model.axes())
+    with pytest.raises(ConfigError, match="the head is no product with one array"):
+        jax.eval_shape(lambda: objective.sums(packed, batch()))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_on_tpus_memory_is_independent_of_the_vocabulary(tied, fsdp):
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=fsdp), absent_tpu.devices("v5e")[:fsdp])
+
+    def temporary(vocab):
+        config = tiny_config("llama", embed_dim=256, vocab_size=vocab, tie_embeddings=tied, precision=BFLOAT16)
+        model = Decoder(config)
+        params, axes = model.head_params(model.abstract_params()), model.head_params(model.axes())
+        where = sharding.shardings(mesh, axes, params), *[sharding.batch_sharding(mesh, n) for n in (3, 2, 2)]
+        kinds = (3, jnp.bfloat16), (2, jnp.int32), (2, jnp.float32)
+        shapes = [jax.ShapeDtypeStruct((8, 512, 256)[:n], dtype) for n, dtype in kinds]
+        shapes = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (params, *shapes), where
+        )
+
+        def loss(head, hidden, targets, weights):
+            return token_loss_sums(
+                model.head, head, hidden, targets, weights, vocab_size=vocab, gather=model.gather_head,
+                projection=model.head_projection,
+            )["loss"]  # fmt: skip
+
+        with sharding.use_mesh(mesh), absent_tpu.no_disk_cache():
+            compiled = jax.jit(jax.grad(loss, (0, 1)), out_shardings=where[:2]).lower(*shapes).compile()
+        assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Sharded weights are gathered, and their gradient is whole before it is divided again; but no logits.
+    weights = 0 if fsdp == 1 else 2 * 4 * 256 * 65536
+    assert temporary(65536) <= temporary(8192) + 1.01 * weights
+    assert 1.01 * weights < 8 * 512 * 65536 * 4 / fsdp
 
 
 def test_uniform_logits_give_log_vocabulary_whatever_the_weights():

@@ -26,8 +26,11 @@ for _name, _value in {
 
 @functools.cache
 def devices(chip: str) -> list[jax.Device]:
-    """The four chips of a small topology. Fails without `libtpu`: no silent skips."""
-    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
+    """The four chips of a small topology, or all of one that is named whole (`v5e:2x4`).
+
+    Fails without `libtpu`: no silent skips.
+    """
+    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS.get(chip, chip)).devices
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from jaxlm.interop.gguf import blocks
 from jaxlm.interop.gguf.architecture import Place, places
 from jaxlm.interop.gguf.reader import File, Tensor
 from jaxlm.models import Decoder, DecoderConfig
-from jaxlm.weights import Weight, child_axes, dense
+from jaxlm.weights import Quantized, Weight, child_axes, dense
 
 # Read with the metadata.
 _ELSEWHERE = {"rope_freqs.weight"}
@@ -50,7 +50,10 @@ def load(file: File, config: DecoderConfig, dtype: np.dtype, packed: bool, mesh:
 
 @dataclasses.dataclass(frozen=True)
 class _Placement:
-    """Puts a parameter with these logical axes on the mesh, or (without one) where JAX puts arrays by default."""
+    """Puts a parameter with these logical axes on the mesh, or (without one) where JAX puts arrays by default.
+
+    Packed matrices keep the names: on a mesh their kernels need them.
+    """
 
     axes: tuple[str | None, ...]
     mesh: Mesh | None
@@ -62,6 +65,8 @@ class _Placement:
         return sharding.shardings(self.mesh, child_axes(value, self.axes), value, self.rules)
 
     def __call__(self, value: Any) -> Any:
+        if isinstance(value, Quantized):
+            value = dataclasses.replace(value, names=self.axes[-2:])
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, value)
         return jax.device_put(value, self.shardings(value))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import AttentionError, combine, flash_attention, flash_decode
+from pallas_kernels.attention import AttentionError, combine, flash_attention, flash_decode, flash_decode_sharded
 
 IMPLEMENTATIONS = {"reference": {}, "tpu": {"interpret": True, "block": 16}}
 LENGTHS = np.array([37, 0, 5], np.int32)
@@ -42,6 +42,52 @@ def test_decode_equals_attention_to_the_filled_slots(implementation, options, qu
         np.testing.assert_allclose(lse[row], expected[1][0], atol=2e-6)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_cache_in_another_format_is_cast(name):
+    q, k, v = tensors(capacity=45)
+    narrow = q.astype(jnp.bfloat16)
+    got = flash_decode(narrow, k, v, LENGTHS, implementation=name, **IMPLEMENTATIONS[name])
+    cast = flash_decode(narrow, *(x.astype(jnp.bfloat16) for x in (k, v)), LENGTHS, implementation="reference")
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(np.float32), cast.astype(np.float32), atol=2e-2)
+
+
+def test_gradients_of_the_kernel_are_those_of_the_reference():
+    q, k, v = tensors(capacity=45)
+
+    def gradients(name):
+        def loss(q, k, v):
+            out, lse = flash_decode(
+                q, k, v, LENGTHS, window=7, return_lse=True, implementation=name, **IMPLEMENTATIONS[name]
+            )
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.maximum(lse, -5.0))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    for x, y in zip(gradients("tpu"), gradients("reference"), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_sharded_equals_whole(name):
+    q, k, v = (np.concatenate([x, x[:1]]) for x in tensors(capacity=45))
+    lengths, starts = np.array([37, 0, 5, 40], np.int32), np.array([2, 0, 0, 9], np.int32)
+    types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")).reshape(4, 2), ("data", "tensor"), axis_types=types)
+    options = {"starts": starts, "window": 30, "return_lse": True, "implementation": name, **IMPLEMENTATIONS[name]}
+
+    def cut(q, k, v):
+        return flash_decode_sharded(q, k, v, lengths, batch_axes="data", head_axes="tensor", **options)
+
+    with jax.set_mesh(mesh):
+        got = jax.tree.map(np.asarray, jax.jit(cut)(q, k, v))
+        with pytest.raises(AttentionError, match=r"3 \(batch\) is not divisible by 4"):
+            flash_decode_sharded(q[:3], k[:3], v[:3], lengths[:3], batch_axes="data")
+    whole = flash_decode(q, k, v, lengths, starts=starts, window=30, return_lse=True, implementation="reference")
+    for x, y in zip(got, whole, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6)
+
+
 def test_parts_of_the_keys_combine_to_the_whole():
     q, k, v = (jnp.swapaxes(x, 1, 2) if i else x for i, x in enumerate(tensors(40, 40)))
     hidden = np.zeros((3, 40), np.float32)
@@ -74,5 +120,11 @@ def test_bad_input_is_named():
         flash_decode(q, k, v, LENGTHS[:2])
     with pytest.raises(AttentionError, match="4 heads of q are not a multiple of the 3"):
         flash_decode(q, *(np.concatenate([x, x[:, :1]], 1) for x in (k, v)), LENGTHS)
+    with pytest.raises(AttentionError, match="v is float16 and k is float32: cast them to one dtype"):
+        flash_decode(q, k, v.astype(np.float16), LENGTHS)
+    with pytest.raises(AttentionError, match="k is int8, expected a floating-point dtype"):
+        flash_decode(q, k.astype(np.int8), v.astype(np.int8), LENGTHS)
+    with pytest.raises(AttentionError, match="130 queries of 2 heads for each key head are more than 256 rows"):
+        flash_decode(*tensors(130), LENGTHS, implementation="tpu", interpret=True)
     with pytest.raises(AttentionError, match="as many of both"):
         combine([q], [])

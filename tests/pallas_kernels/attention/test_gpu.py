@@ -5,8 +5,6 @@ H200, make an environment with `tests/pallas_kernels/make_cuda_environment.sh FO
 `pytest -m gpu_aot -n 0 tests/pallas_kernels/attention/test_gpu.py`.
 """
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 from pallas_kernels.attention import flash_attention
 from pallas_kernels.attention.gpu_tables import GPU_TILES, SHARED_MEMORY_BYTES, GpuTiles, bounds, shared_memory_bytes
 from pallas_kernels.attention.problem import Structure
+from tests.pallas_kernels import absent_gpu
 from tests.pallas_kernels.attention.test_parity import Case, check
 
 KERNEL = {
@@ -76,33 +75,12 @@ def test_tables_stay_below_the_shared_memory(head_dim):
     assert max(needed.values()) <= SHARED_MEMORY_BYTES, needed
 
 
-# The H200 as XLA's GpuTargetConfigProto, with what its compiler asks for.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 150000000000 shared_memory_per_block_optin: 232448 registers_per_core_limit: 65536
-  registers_per_block_limit: 65536 cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 1 patch: 0 } runtime_version { major: 12 minor: 8 }
-device_description_str: "NVIDIA H200"
-"""
-
-
 @pytest.mark.gpu_aot
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax's CUDA 13 plug-in is missing")
+@absent_gpu.needs_plugin
 class TestCompiledForAnAbsentH200:
     @pytest.fixture(scope="class")
     def sharding(self):
-        from jax.experimental import topologies
-        from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-        found = topologies.get_topology_desc(
-            platform="cuda", topology_name="h200", topology="1x1x1", target_config=H200
-        )
-        mesh = Mesh(np.array(found.devices)[:1], ("data",), axis_types=(AxisType.Auto,))
-        return NamedSharding(mesh, PartitionSpec())
+        return absent_gpu.sharding()
 
     def compiled(self, sharding, dim, implementation="gpu", segments=False, bias=False, tiles=None, **options):
         def shape(*sizes, dtype=jnp.bfloat16):

@@ -124,6 +124,27 @@ def test_equals_the_reference_in_float64(name, implementation):
     check(CASES[name], implementation)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_that_see_nothing_give_zero_and_gradients_of_zero(implementation):
+    q, k, v, _, _ = arrays(Case())
+    ids = np.ones((2, 40), np.int32)
+    ids[1, 7:] = 3
+    # Their own keys are hidden, the others of another segment.
+    bias = np.where(ids == 3, -np.inf, 0.0).astype(np.float32)
+
+    def loss(q, k, v):
+        out = flash_attention(
+            q, k, v, segment_ids=ids, bias=bias, implementation=implementation, **IMPLEMENTATIONS[implementation]
+        )
+        return jnp.sum(jnp.cos(out)), out
+
+    gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    for x in (out, *gradients):
+        assert not np.isnan(x).any()
+        assert not np.asarray(x)[1, 7:].any()
+        assert np.asarray(x)[0].any()
+
+
 lengths = st.integers(1, 50)
 some_case = st.builds(
     Case,

@@ -61,6 +61,18 @@ def test_decoding_compiles(name, dim, dtype):
     assert "decode_kernel" in compile_for(mesh(name), decode, *shapes).as_text()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_as_many_rows_as_decoding_takes_compile(dtype):
+    queries = tiles.TPU_DECODE_ROWS // 2
+
+    def decode(q, k, v, lengths):
+        return flash_decode(q, k, v, lengths, q_offset=0, return_lse=True, implementation="tpu")
+
+    cache = shape(2, 4, 1000, 256, dtype=jnp.float32)
+    shapes = shape(2, queries, 8, 256, dtype=dtype), cache, cache, shape(2, dtype=jnp.int32)
+    assert "decode_kernel" in compile_for(mesh("v5p"), decode, *shapes).as_text()
+
+
 def test_auto_takes_the_kernel_for_an_absent_tpu():
     def attend(q):
         return flash_attention(q, q, q)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.cross_entropy import KernelError, cross_entropy
+from pallas_kernels.cross_entropy import KernelError, Shards, cross_entropy
 from pallas_kernels.cross_entropy.tpu import VMEM_BUDGET, VMEM_LIMIT, choose_tiles, vmem_bytes
 from pallas_kernels.target import CHIPS
 from tests.pallas_kernels import absent_tpu
@@ -41,7 +41,7 @@ def expected(x, head, targets, weights, a, b, softcap):
     return weights * each, lse, d @ head.T, x.T @ d, a * each
 
 
-def computed(x, head, targets, weights, a, b, softcap, transposed, implementation, chunk=128):
+def computed(x, head, targets, weights, a, b, softcap, transposed, implementation, chunk=128, shards=None):
     def total(x, head, weights):
         loss, lse = cross_entropy(
             x,
@@ -52,6 +52,7 @@ def computed(x, head, targets, weights, a, b, softcap, transposed, implementatio
             softcap=softcap,
             transposed=transposed,
             chunk=chunk,
+            shards=shards,
             implementation=implementation,
         )
         return jnp.sum(a * loss + b * lse), (loss, lse)
@@ -75,17 +76,54 @@ def test_values_and_gradients(implementation, softcap, transposed):
     compare(computed(*problem, softcap, transposed, implementation), expected(*problem, softcap), 1e-5)
 
 
-@settings(max_examples=5, derandomize=True, deadline=None)
-@given(
-    tokens=st.sampled_from([1, 16, 530]),
-    vocab=st.sampled_from([1, 127, 1024, 1100]),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
-    implementation=st.sampled_from(IMPLEMENTATIONS[1:]),
+some_problem = st.fixed_dictionaries(
+    {
+        "tokens": st.integers(1, 40) | st.just(530),
+        "embed": st.integers(1, 70),
+        "vocab": st.integers(1, 300) | st.sampled_from([1024, 1100]),
+        "dtype": st.sampled_from(["float32", "bfloat16"]),
+        "softcap": st.none() | st.just(4.0),
+        "transposed": st.booleans(),
+        "implementation": st.sampled_from(IMPLEMENTATIONS[1:]),
+    }
 )
-def test_any_shape(tokens, vocab, dtype, implementation):
-    problem = case(tokens, 40, vocab, dtype, seed=tokens)
+
+
+def check_problem(tokens, embed, vocab, dtype, softcap, transposed, implementation):
+    problem = case(tokens, embed, vocab, dtype, seed=tokens)
     tolerance = {"float32": 2e-5, "bfloat16": 3e-2}[dtype]
-    compare(computed(*problem, None, False, implementation, chunk=256), expected(*problem, None), tolerance)
+    got = computed(*problem, softcap, transposed, implementation, chunk=256)
+    compare(got, expected(*problem, softcap), tolerance)
+
+
+@settings(max_examples=5, derandomize=True, deadline=None, database=None)
+@given(some_problem)
+def test_any_shape(problem):
+    check_problem(**problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(some_problem)
+def test_many_shapes(problem):
+    check_problem(**problem)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_gradients_in_float64_by_finite_differences(implementation):
+    with jax.enable_x64(True):
+        x, head, targets, *numbers = case(5, 8, 30, jnp.float64)
+        weights, a, b = (jnp.asarray(n, jnp.float64) for n in numbers)
+        direction = case(5, 8, 30, jnp.float64, seed=1)
+
+        def total(t):
+            moved = x + t * direction[0], head + t * direction[1], targets, weights + t * direction[3]
+            loss, lse = computed(*moved, a, b, 4.0, False, implementation, chunk=7)[:2]
+            return jnp.sum(a * loss + b * lse)
+
+        _, _, *gradients = computed(x, head, targets, weights, a, b, 4.0, False, implementation, chunk=7)
+        slope = sum(jnp.sum(g * direction[i]) for g, i in zip(gradients, (0, 1, 3), strict=True))
+        np.testing.assert_allclose((total(1e-5) - total(-1e-5)) / 2e-5, slope, rtol=1e-7)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
@@ -100,6 +138,58 @@ def test_gradient_by_finite_differences(implementation):
     got = computed(x, head, targets, weights, a, b, 4.0, False, implementation)
     slope = float(jnp.sum(got[2] * direction[0]) + jnp.sum(got[3] * direction[1]))
     np.testing.assert_allclose((total(1e-2) - total(-1e-2)) / 2e-2, slope, rtol=1e-2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tokens_of_two_axes_and_which_are_predicted(implementation):
+    x, head, targets, weights, *_ = case(24, 16, 140)
+    targets = targets.at[::2].set(jnp.argmax(x @ head, axis=1)[::2])
+    more = {"weights": weights, "implementation": implementation, "chunk": 64}
+    loss, lse, correct = cross_entropy(x, head, targets, return_correct=True, **more)
+    assert np.array_equal(correct, np.argmax(x @ head, axis=1) == targets)
+    shaped = (x.reshape(3, 8, 16), head, targets.reshape(3, 8))
+    again = cross_entropy(*shaped, **{**more, "weights": weights.reshape(3, 8)})
+    for a, b in zip(again, (loss, lse), strict=True):
+        np.testing.assert_allclose(a, b.reshape(3, 8), rtol=1e-6)
+
+
+SHARDS = {
+    "rows": Shards(("data", "tensor")),
+    "columns": Shards((), ("data", "tensor")),
+    "both": Shards(("data", None), "tensor"),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shards", SHARDS)
+def test_on_a_mesh_each_device_computes_its_part(shards, transposed):
+    problem = case(4 * 6, 16, 304)
+    types = (jax.sharding.AxisType.Auto,) * 2
+
+    def shaped(x, head, targets, weights, a, b):
+        return x.reshape(4, 6, 16), head, *(v.reshape(4, 6) for v in (targets, weights, a, b))
+
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "tensor"), axis_types=types)):
+        got = computed(*shaped(*problem), 5.0, transposed, "tpu_interpret", shards=SHARDS[shards])
+    loss, lse, dx, dhead, dweights = got
+    flat = loss.reshape(-1), lse.reshape(-1), dx.reshape(24, 16), dhead, dweights.reshape(-1)
+    compare(flat, expected(*problem, 5.0), 1e-5)
+
+
+def test_a_mesh_that_cannot_be_divided_so_is_named():
+    x, head, targets, *_ = case(8, 16, 301)
+    types = (jax.sharding.AxisType.Auto,) * 2
+    call = functools.partial(cross_entropy, x, head, targets, implementation="tpu_interpret")
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "tensor"), axis_types=types)):
+        for message, shards in {
+            "a mesh of 8 devices without shards": None,
+            "a vocabulary of 301 in 2 parts": Shards(("data",), "tensor"),
+            "axes that repeat or are not of the mesh": Shards(("data",), "data"),
+        }.items():
+            with pytest.raises(KernelError, match=message):
+                call(shards=shards)
+        loss, _ = cross_entropy(x, head, targets)  # XLA divides what is no kernel
+    np.testing.assert_allclose(loss, cross_entropy(x, head, targets)[0], rtol=1e-6)
 
 
 def test_large_logits_and_weights_of_zero_are_finite():
@@ -176,12 +266,14 @@ def test_bad_input_is_named():
     for message, do in {
         r"x \[tokens, embed\] has shape \(6, 8\), but head \[vocab, embed\]": lambda: call(transposed=True),
         r"targets have shape \(5,\), expected \(6,\)": lambda: cross_entropy(x, head, targets[:5]),
+        r"has shape \(0, 8\), but head": lambda: cross_entropy(x[:0], head, targets[:0]),
         "targets are float32": lambda: cross_entropy(x, head, x[:, 0]),
         "weights have shape": lambda: call(weights=jnp.ones(3)),
         "z_loss is -1": lambda: call(z_loss=-1),
         "softcap is 0": lambda: call(softcap=0),
         "valid: auto, reference": lambda: call(implementation="triton"),
-        "two axes each": lambda: cross_entropy(x[None], head, targets),
+        r"expected two axes \(x: or more\)": lambda: cross_entropy(x, head[None], targets),
+        r"targets have shape \(6,\), expected \(1, 6\)": lambda: cross_entropy(x[None], head, targets),
         "cannot do .*: platform cpu": lambda: call(implementation="tpu"),
         "operands in float16": lambda: call(implementation="tpu_interpret", operand_dtype=jnp.float16),
     }.items():

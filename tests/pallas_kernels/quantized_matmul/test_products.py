@@ -35,24 +35,59 @@ def test_products_and_gradients(implementation, bits, block, minimum, axis, tran
     close(pull(dy)[0], np.asarray(dy, np.float64) @ dense.T, 1e-5)
 
 
-@settings(max_examples=6, derandomize=True, deadline=None)
-@given(
-    count=st.sampled_from([1, 17, 40]),
-    blocks=st.sampled_from([1, 3, 9]),
-    block=st.sampled_from([16, 32, 48, 64, 160]),
-    columns=st.sampled_from([1, 40, 150]),
-    bits=st.sampled_from([4, 8]),
-    axis=st.sampled_from([-2, -1]),
-    minimum=st.booleans(),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
+some_product = st.fixed_dictionaries(
+    {
+        "count": st.integers(1, 70),
+        "blocks": st.integers(1, 9),
+        "block": st.sampled_from([16, 32, 48, 64, 160]),
+        "columns": st.integers(1, 150),
+        "bits": st.sampled_from([4, 8]),
+        "axis": st.sampled_from([-2, -1]),
+        "minimum": st.booleans(),
+        "transposed": st.booleans(),
+        "dtype": st.sampled_from(["float32", "bfloat16"]),
+    }
 )
-def test_kernels_of_any_shape(count, blocks, block, columns, bits, axis, minimum, dtype):
+
+
+def check_product(count, blocks, block, columns, bits, axis, minimum, transposed, dtype):
     shape = (blocks * block, columns)[:: 1 if axis == -2 else -1]
     w, dense = make(count, bits, shape, block, axis, minimum)
-    x = rows(0, (1, count, shape[0]), dtype)
-    y = quantized_matmul(x, **w, implementation="tpu_interpret")
-    assert y.dtype == x.dtype
+    dense = dense.T if transposed else dense
+    x, dy = rows(0, (1, count, dense.shape[0]), dtype), rows(1, (1, count, dense.shape[1]), dtype)
+    y, pull = jax.vjp(
+        lambda x: quantized_matmul(x, **w, transposed=transposed, implementation="tpu_interpret"), x
+    )
+    (dx,) = pull(dy)
+    assert y.dtype == dx.dtype == x.dtype
     close(y, np.asarray(x, np.float64) @ dense, TOLERANCE[dtype])
+    close(dx, np.asarray(dy, np.float64) @ dense.T, TOLERANCE[dtype])
+
+
+@settings(max_examples=5, derandomize=True, deadline=None, database=None)
+@given(some_product)
+def test_kernels_of_any_shape(product):
+    check_product(**product)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(some_product)
+def test_kernels_of_many_shapes(product):
+    check_product(**product)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradient_by_finite_differences(implementation):
+    w, _ = make(0, 4, (64, 40), 32)
+    x, direction, weights = rows(0, (3, 64)), rows(1, (3, 64)), rows(2, (3, 40))
+
+    def total(x):
+        return jnp.sum(weights * jnp.tanh(quantized_matmul(x, **w, implementation=implementation)))
+
+    slope = jnp.sum(jax.grad(total)(x) * direction)
+    numeric = (total(x + 1e-3 * direction) - total(x - 1e-3 * direction)) / 2e-3
+    np.testing.assert_allclose(numeric, slope, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -110,6 +145,7 @@ def test_every_byte_is_two_codes():
 
 BAD = {
     "takes 64 inputs": {"x": (3, 60)},
+    "no elements in x": {"x": (0, 64), "implementation": "tpu_interpret"},
     r"pad 63 to 64": {"x": (3, 63)},
     "5 blocks along axis -2, which do not divide its 64": {"scale": (5, 16)},
     "minimum has shape": {"minimum": (4, 16)},

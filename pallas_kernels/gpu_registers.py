@@ -36,6 +36,20 @@ class Registers:
 
         return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
 
+    def product_of_transposed(self, pairs, shape: tuple[int, int]):
+        """The sum of `a^T b^T` over pairs of blocks in shared memory."""
+
+        def compute(sums):
+            for a, b in pairs:
+                plgpu.wgmma(sums, plgpu.transpose_ref(a, (1, 0)), plgpu.transpose_ref(b, (1, 0)))
+            return sums[...]
+
+        return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
+
+    def block(self, ref):
+        """A block of 64 rows as it lies in shared memory, without swizzling."""
+        return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA, optimized=False)
+
     def add_product(self, sums, a, b):
         """`sums + a b`, `a` in registers and `b` in shared memory."""
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(sums))
@@ -64,6 +78,13 @@ class Interpreted(Registers):
 
     def product(self, a, b, shape):
         return lax.dot_general(a[...], b[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def product_of_transposed(self, pairs, shape):
+        contract = (((0,), (1,)), ((), ()))
+        return sum(lax.dot_general(a[...], b[...], contract, preferred_element_type=jnp.float32) for a, b in pairs)
+
+    def block(self, ref):
+        return ref[...]
 
     def add_product(self, sums, a, b):
         return sums + lax.dot_general(a, b[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -1,0 +1,108 @@
+"""Cross-entropy on a mesh: each device computes its tokens over its part of the vocabulary."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+Array = jax.Array
+Axes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How the arrays lie on the ambient mesh, in mesh axes: what kernels need there, XLA cannot divide one.
+
+    `rows`: one entry for each axis of `targets`; one that does not divide its axis is dropped. `vocab`: the head's
+    columns. A head that is stored over other mesh axes too is gathered.
+    """
+
+    rows: tuple[Axes, ...] = ()
+    vocab: Axes = None
+
+
+def cannot(shards: Shards | None, vocab: int) -> str | None:
+    """Why the ambient mesh cannot be divided so (a phrase for an error), or `None`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if shards is None:
+        return f"a mesh of {mesh.size} devices without shards"
+    names = [name for part in (*shards.rows, shards.vocab) for name in _names(part)]
+    if len(set(names)) < len(names) or set(names) - set(mesh.shape):
+        return f"{shards}: axes that repeat or are not of the mesh {dict(mesh.shape)}"
+    if vocab % _parts(shards.vocab):
+        return f"a vocabulary of {vocab} in {_parts(shards.vocab)} parts"
+    return None
+
+
+def local_shapes(x: Array, head: Array, shards: Shards, transposed: bool) -> tuple[Any, Any]:
+    """Of a device's tokens `[tokens, embed]` and of its part of the head."""
+    tokens = math.prod(x.shape[:-1]) // math.prod(_parts(part) for part in _rows(x, shards))
+    shape = list(head.shape)
+    shape[0 if transposed else 1] //= _parts(shards.vocab)
+    return jax.ShapeDtypeStruct((tokens, x.shape[-1]), x.dtype), jax.ShapeDtypeStruct(tuple(shape), head.dtype)
+
+
+def statistics(run: Callable, x: Array, head: Array, targets: Array, shards: Shards, transposed: bool) -> tuple:
+    """`run(x, head, targets)`, which is `reference.statistics`, over the devices; all are `[rows]`."""
+    rows, head_spec = _specs(x, shards, transposed)
+    vocab = shards.vocab
+
+    def part(x: Array, head: Array, targets: Array) -> tuple:
+        lse, picked, top = run(x, head, targets - _first_column(head, vocab, transposed))
+        if vocab is not None:
+            # Each token's target is in one part; in the others its logit is 0.
+            highest = jax.lax.pmax(lse, vocab)
+            lse = highest + jnp.log(jax.lax.psum(jnp.exp(lse - highest), vocab))
+            picked, top = jax.lax.psum(picked, vocab), jax.lax.pmax(top, vocab)
+        return lse, picked, top
+
+    return jax.shard_map(
+        part, in_specs=(PartitionSpec(*rows, None), head_spec, rows), out_specs=(rows, rows, rows), check_vma=False
+    )(x, head, targets)
+
+
+def gradients(
+    run: Callable, x: Array, head: Array, targets: Array, numbers: tuple, shards: Shards, transposed: bool
+) -> tuple[Array, Array]:
+    """`run(x, head, targets, *numbers)`, the implementations' `gradients`, over the devices, added up in float32."""
+    rows, head_spec = _specs(x, shards, transposed)
+    row_axes = tuple(name for part in rows for name in _names(part))
+
+    def total(x: Array, axes: Axes) -> Array:
+        return jax.lax.psum(x.astype(jnp.float32), axes).astype(x.dtype) if axes else x
+
+    def part(x: Array, head: Array, targets: Array, *numbers: Array) -> tuple[Array, Array]:
+        dx, dhead = run(x, head, targets - _first_column(head, shards.vocab, transposed), *numbers)
+        return total(dx, shards.vocab), total(dhead, row_axes)
+
+    tokens = PartitionSpec(*rows, None)
+    return jax.shard_map(
+        part, in_specs=(tokens, head_spec, *[rows] * 4), out_specs=(tokens, head_spec), check_vma=False
+    )(x, head, targets, *numbers)
+
+
+def _specs(x: Array, shards: Shards, transposed: bool) -> tuple[PartitionSpec, PartitionSpec]:
+    head = (shards.vocab, None) if transposed else (None, shards.vocab)
+    return PartitionSpec(*_rows(x, shards)), PartitionSpec(*head)
+
+
+def _rows(x: Array, shards: Shards) -> tuple[Axes, ...]:
+    given = (*shards.rows, *(None,) * x.ndim)[: x.ndim - 1]
+    return tuple(None if size % _parts(part) else part for part, size in zip(given, x.shape[:-1], strict=True))
+
+
+def _first_column(head: Array, vocab: Axes, transposed: bool) -> Array | int:
+    return 0 if vocab is None else jax.lax.axis_index(vocab) * head.shape[0 if transposed else 1]
+
+
+def _names(part: Axes) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else (part or ())
+
+
+def _parts(part: Axes) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in _names(part))
