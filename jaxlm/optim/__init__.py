@@ -14,7 +14,7 @@ from jaxlm.optim.eight_bit import (
 )
 from jaxlm.optim.fisher import natural_gradient, scale_by_empirical_fisher
 from jaxlm.optim.galore import fira, galore, natural_galore, scale_by_fira, scale_by_galore
-from jaxlm.optim.learning_rate import FromHparams, LearningRate, scale_by_learning_rate
+from jaxlm.optim.learning_rate import FromHparams, LearningRate, ScheduleFromHparams, scale_by_learning_rate
 from jaxlm.optim.limiters import limit_norm_growth
 from jaxlm.optim.memory import model_bytes, state_bytes
 from jaxlm.optim.normalized import (
@@ -39,6 +39,7 @@ __all__ = [
     "OptimizerConfig",
     "Projection",
     "Schedule",
+    "ScheduleFromHparams",
     "adamw",
     "adamw_8bit",
     "apollo",
