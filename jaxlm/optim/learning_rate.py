@@ -73,7 +73,7 @@ def value_of(learning_rate: LearningRate, step: Any = None, hparams: Any = None)
         try:
             learning_rate = learning_rate.make(hparams or {})
         except KeyError as error:
-            raise ConfigError(f"the schedule reads {error} of hparams, and there are {sorted(hparams or {})}") from error
+            raise ConfigError(f"the schedule reads {error} of hparams, which are {sorted(hparams or {})}") from error
     if isinstance(learning_rate, FromHparams):
         if hparams is None or learning_rate.name not in hparams:
             raise ConfigError(
