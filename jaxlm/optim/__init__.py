@@ -25,7 +25,7 @@ from jaxlm.optim.normalized import (
     scale_optimizer,
     swan,
 )
-from jaxlm.optim.optimizers import adamw, muon
+from jaxlm.optim.optimizers import adamw, muon, scale_by_factors
 from jaxlm.optim.projection import Projection
 from jaxlm.optim.reset import reset_state_every
 from jaxlm.optim.schedules import Schedule, quick_recovery, rewarm, warmup_stable_decay
@@ -64,6 +64,7 @@ __all__ = [
     "scale_by_empirical_fisher",
     "scale_by_fira",
     "scale_by_galore",
+    "scale_by_factors",
     "scale_by_learning_rate",
     "scale_by_orthogonalization",
     "scale_by_spam",
