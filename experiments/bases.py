@@ -2,11 +2,13 @@
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.configs import fingerprint
+from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.core.json_files import read_json, write_json
 from jaxlm.data.prepare import DataConfig
 from jaxlm.models.config import DecoderConfig
 from jaxlm.optim.config import OptimizerConfig
@@ -88,6 +90,28 @@ class ArmResult:
     def is_at_an_edge(self) -> bool:
         """Whether the best rate is the least or the greatest that was tried, so that a better one may lie beyond."""
         return len(self.tuned) > 1 and self.rate in (min(self.tuned), max(self.tuned))
+
+
+class Keeper:
+    """Keeps what is finished of a study in a folder: `keep(name, compute)` is a JSON value, computed once.
+
+    Raises `DataError` when what is kept under the name is of another configuration.
+    """
+
+    def __init__(self, folder: Path, config: Any):
+        self._folder, self._config = folder, fingerprint(config)
+
+    def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
+        path = self._folder / (name.replace(" ", "_") + ".json")
+        if path.exists():
+            kept = read_json(path)
+            if kept.get("config") != self._config:
+                raise DataError(f"{path} is of a run with other settings: choose another --out")
+            return kept["value"]
+        value = compute()
+        write_json(path, {"config": self._config, "value": value})
+        print(f"{name}: done", flush=True)
+        return read_json(path)["value"]
 
 
 def load_text(config: StudyConfig) -> Text:

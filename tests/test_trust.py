@@ -86,15 +86,16 @@ def test_modules_that_are_named_at_run_time_are_named_by_the_command_line_alone(
 
 
 def test_an_array_of_objects_is_refused(tmp_path):
-    from jaxlm.training import Member, kept_members
+    from jaxlm.training import Member, TrainState, kept_members
 
     member = Member("a", 0)
     np.savez(tmp_path / "a.npz", w=np.array([{"a": 1}], dtype=object))
     about = {"name": "a", "seed": 0, "hparams": {}, "num_steps": 1}
     kept = {**about, "results": {}, "history": {"loss": [1.0]}, "seconds": 1.0}
     (tmp_path / "a.json").write_text(json.dumps(kept))
+    state = TrainState(None, {"w": np.zeros(1, np.float32)}, None, None, None, None)
     with pytest.raises(DataError, match="a.npz cannot be read"):
-        kept_members.load(tmp_path, member, 1, {"w": np.zeros(1, np.float32)})
+        kept_members.Folder(tmp_path, {"num_steps": 1}, state).load(member, params=True, state=False)
 
 
 def test_pickled_weights_are_refused(tmp_path):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.core.configs import fingerprint
-from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.core.errors import ConfigError, DataError, nearest
 from jaxlm.data.cache import atomic_folder, cache_folder
-from jaxlm.data.corpora import hash_fraction, standard_library, standard_library_files
+from jaxlm.data.corpora import LIBRARY_PARTS, hash_fraction, standard_library, standard_library_files
 from jaxlm.data.mixture import check_weights, epoch_cap, temperature
 from jaxlm.data.pipeline import Unit
 from jaxlm.data.sources import Document, huggingface_documents, list_files, read_documents
@@ -60,6 +60,9 @@ class DataConfig:
     than 1 / fraction of them, the end of each."""
     timeout: float = TIMEOUT
     """Seconds that a source may take for its next document or batch, before the run stops with its name; 0: none."""
+    library: str = "source"
+    """Of the standard library: its `source`, or the `code`, `docstrings` or `instructions` alone
+    (`jaxlm.data.corpora.standard_library`)."""
 
     def __post_init__(self):
         if not self.timeout >= 0:
@@ -72,6 +75,10 @@ class DataConfig:
             raise ConfigError(f"sequence_length is {self.sequence_length}, expected 1 or more")
         if self.max_epochs is not None and not self.max_epochs > 0:
             raise ConfigError(f"max_epochs is {self.max_epochs}, expected above 0")
+        if self.library not in LIBRARY_PARTS:
+            raise ConfigError(f"library is '{self.library}': {nearest(self.library, LIBRARY_PARTS)}")
+        if self.library != "source" and (self.path or self.hf):
+            raise ConfigError(f"library '{self.library}' is a part of the standard library: leave path and hf out")
         if self.weights:
             check_weights(self.weights, source_names(self))
 
@@ -165,7 +172,8 @@ def source_names(config: DataConfig) -> tuple[str, ...]:
     if config.hf:
         found.append(config.hf.strip("/").split("/")[-1])
     names: list[str] = []
-    for name in found or ["standard_library"]:
+    part = "" if config.library == "source" else f"_{config.library}"
+    for name in found or [f"standard_library{part}"]:
         candidates = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
         names.append(next(c for c in candidates if c not in names))
     return tuple(names)
@@ -231,7 +239,7 @@ def _sources(
             [(p, p.relative_to(folder).as_posix()) for p in sorted(folder.rglob("*")) if p.is_file()]
         )
     if not readers:
-        readers.append(standard_library)
+        readers.append(partial(standard_library, part=config.library))
         files.append(standard_library_files())
     inputs = [
         [[name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file, name in of_source]
@@ -244,7 +252,8 @@ def _sources(
     limited = {
         name: partial(_watched, read, name, config.timeout) for name, read in zip(names, readers, strict=True)
     }
-    return limited, [names, inputs, config.hf_split], total
+    part = [] if config.library == "source" else [config.library]
+    return limited, [names, inputs, config.hf_split, *part], total
 
 
 def _watched(read: Documents, name: str, timeout: float) -> Iterator[Document]:

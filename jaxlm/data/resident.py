@@ -1,6 +1,7 @@
 """Small data sets held on the device whole, sampled inside the compiled program: for studies of many short runs."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +57,44 @@ class ResidentRows:
                 raise DataError(f"{self.count} rows are too few to cut into shares {shares}")
             parts.append(ResidentRows(self.take(rows)))
         return tuple(parts)
+
+
+Sample = Callable[[jax.Array, Int[Array, ""]], dict[str, Array]]
+"""`(key, step) -> batch`, traceable: what `Population` takes."""
+
+
+def mix_rows(parts: Sequence[ResidentRows], counts: Sequence[int]) -> Sample:
+    """A sample whose every batch has `counts[i]` rows of `parts[i]`, each part in its own order and epochs.
+
+    Raises `ConfigError` for unequal numbers of both, a negative count, or a batch without rows.
+    """
+    if len(parts) != len(counts) or min(counts, default=-1) < 0 or not sum(counts):
+        raise ConfigError(f"counts are {tuple(counts)} for {len(parts)} parts, expected one >= 0 each, not all 0")
+
+    def sample(key: jax.Array, step: Int[Array, ""]) -> dict[str, Array]:
+        taken = [(i, rows, n) for i, (rows, n) in enumerate(zip(parts, counts, strict=True)) if n]
+        batches = [rows.sample(fold(key, "part", i), step, n) for i, rows, n in taken]
+        return {name: jnp.concatenate([b[name] for b in batches]) for name in batches[0]}
+
+    return sample
+
+
+def switch_samples(stages: Sequence[tuple[int, Sample]]) -> Sample:
+    """The samples of several stages, each from its step on: `[(0, web), (9000, web_and_instructions)]`.
+
+    Each still gets the step of the run. Batches have the same shapes in all stages.
+
+    Raises `ConfigError` unless the first stage starts at 0 and each later than the one before.
+    """
+    starts = [start for start, _ in stages]
+    if not starts or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:])):
+        raise ConfigError(f"stages start at steps {starts}, expected 0 first and then later ones")
+
+    def sample(key: jax.Array, step: Int[Array, ""]) -> dict[str, Array]:
+        stage = jnp.sum(step >= jnp.asarray(starts)) - 1
+        return jax.lax.switch(stage, [s for _, s in stages], key, step)
+
+    return sample
 
 
 def resident_rows(

@@ -1,9 +1,20 @@
 """Evaluations of models."""
 
+from jaxlm.evals.forgetting import Spike, measure_spike
 from jaxlm.evals.generation import Problem, Solved, Verdict, exact_match, few_shot_prompt, match_metrics, solve
 from jaxlm.evals.likelihood import Likelihood, likelihood, make_sums, resident_loss, source_likelihoods
 from jaxlm.evals.methods import EvaluationConfig, Generation, MultipleChoice, Passage, Perplexity, Task
 from jaxlm.evals.multiple_choice import ChoiceScores, Question, choice_metrics, few_shot, score_questions
+from jaxlm.evals.scaling import (
+    Chinchilla,
+    PowerLaw,
+    bootstrap_fit,
+    data_efficiency,
+    fit_chinchilla,
+    fit_power_law,
+    nested_asymptote,
+    optimal_batch_tokens,
+)
 from jaxlm.evals.stats import Estimate, bootstrap, mcnemar, mean, wilson_interval
 from jaxlm.evals.tasks import (
     PreparedTask,
@@ -17,6 +28,7 @@ from jaxlm.evals.tasks import (
 )
 
 __all__ = [
+    "Chinchilla",
     "ChoiceScores",
     "Estimate",
     "EvaluationConfig",
@@ -25,26 +37,35 @@ __all__ = [
     "MultipleChoice",
     "Passage",
     "Perplexity",
+    "PowerLaw",
     "PreparedTask",
     "Problem",
     "Question",
     "Solved",
+    "Spike",
     "Task",
     "TaskResult",
     "Verdict",
     "adapt",
     "bootstrap",
+    "bootstrap_fit",
     "choice_metrics",
+    "data_efficiency",
     "evaluate_task",
     "exact_match",
     "few_shot",
     "few_shot_prompt",
     "find_task",
+    "fit_chinchilla",
+    "fit_power_law",
     "likelihood",
     "make_sums",
     "match_metrics",
     "mcnemar",
     "mean",
+    "measure_spike",
+    "nested_asymptote",
+    "optimal_batch_tokens",
     "prepare_task",
     "register",
     "score_questions",

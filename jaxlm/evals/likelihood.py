@@ -32,6 +32,11 @@ class Likelihood:
     tokens: int
     bytes: int
 
+    @property
+    def loss_per_byte(self) -> float:
+        """Nats a byte: `bits_per_byte` in the unit of `loss`."""
+        return self.bits_per_byte * math.log(2)
+
 
 SumFunction = Callable[[Any, Mapping[str, Array]], Mapping[str, Float[Array, ""]]]
 

@@ -104,7 +104,7 @@ def _family(values: Mapping[str, Any]) -> Family:
     raise ConfigError(f"config.json: model_type '{model_type}' is not supported: {nearest(str(model_type), known)}")
 
 
-_NOT_COMPUTED = ("max_length", "init_std", "init_out_std", "precision", "remat", "attention")
+_NOT_COMPUTED = ("max_length", "init_std", "init_out_std", "init_embedding_std", "precision", "remat", "attention")
 """Fields that do not change what a model computes."""
 
 

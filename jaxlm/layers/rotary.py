@@ -78,6 +78,22 @@ def frequencies(dim: int, theta: float, scaling: RopeScaling | None = None, leng
             return plain / factor * ramp + plain * (1 - ramp)
 
 
+def ntk_theta(theta: float, dim: int, factor: float) -> float:
+    """The theta for a context longer by `factor`, positions left as they are: `theta * factor^(dim / (dim - 2))`.
+
+    The slowest of the `dim / 2` rotated pairs turns `factor` times slower, as with interpolation, the fastest stays.
+    (NTK-aware scaling, bloc97 2023; YaRN, Peng et al. 2023, arXiv 2309.00071, section 3.1. A theta chosen by hand is
+    the adjusted base frequency of Xiong et al. 2023, arXiv 2309.16039.)
+
+    Raises `ConfigError` for a factor below 1, or fewer than two pairs.
+    """
+    if factor < 1:
+        raise ConfigError(f"factor is {factor}, expected >= 1")
+    if dim < 4:
+        raise ConfigError(f"{dim} rotated dimensions, expected at least 4")
+    return theta * factor ** (dim / (dim - 2))
+
+
 def tables(
     positions: Int[Array, "batch length"], dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:

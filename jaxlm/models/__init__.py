@@ -3,14 +3,19 @@
 from jaxlm.models.blocks import gather_layers, layer, num_layers, recut
 from jaxlm.models.config import DecoderConfig, LayerKind
 from jaxlm.models.decoder import Decoder, TrunkOutput
+from jaxlm.models.extension import extend_context, untie_head
+from jaxlm.models.scaling_rules import ScalingRules
 
 __all__ = [
     "Decoder",
     "DecoderConfig",
     "LayerKind",
+    "ScalingRules",
     "TrunkOutput",
+    "extend_context",
     "gather_layers",
     "layer",
     "num_layers",
     "recut",
+    "untie_head",
 ]

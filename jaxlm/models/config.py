@@ -75,10 +75,16 @@ class DecoderConfig:
     final_softcap: float | None = None
     embedding_scale: float | None = None
     """Factor on embeddings (Gemma: `embed_dim ** 0.5`)."""
+    residual_scale: float | None = None
+    """Factor on the output of each branch before it is added to the residual stream (MiniCPM)."""
+    logit_scale: float | None = None
+    """Factor on the hidden states that the vocabulary projection reads (MiniCPM)."""
     tie_embeddings: bool = False
     init_std: float = 0.02
     init_out_std: float | None = None
     """Of the projections that write to the residual stream; by default `init_std / sqrt(2 num_layers)` (GPT-2)."""
+    init_embedding_std: float | None = None
+    """Of the embedding table, tied or not, and of an untied head; by default `init_std`."""
     precision: Precision = Precision()
     remat: str = "dots"
     """What the backward pass finds stored, the rest it computes again: `none` stores everything, `dots` the results of
@@ -137,6 +143,10 @@ class DecoderConfig:
     @property
     def rotary_dim(self) -> int:
         return int(self.head_size * self.rope_fraction)
+
+    @property
+    def embedding_std(self) -> float:
+        return self.init_std if self.init_embedding_std is None else self.init_embedding_std
 
     @property
     def out_std(self) -> float:

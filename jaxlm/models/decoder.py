@@ -74,6 +74,9 @@ class Block(nn.Module):
         def norm(name: str, y: Array) -> Array:
             return make_norm(c, name)(y)
 
+        def scaled(branch: Array) -> Array:
+            return branch if c.residual_scale is None else branch * jnp.asarray(c.residual_scale, branch.dtype)
+
         attention = Attention(
             c.num_heads,
             c.kv_heads,
@@ -97,13 +100,13 @@ class Block(nn.Module):
         branch, new_keys = attention(probe("attn_in", norm("attention_norm", x)), inputs, probe)
         if sandwich:
             branch = norm("attention_post_norm", branch)
-        branch = probe("attn_out", branch)
+        branch = probe("attn_out", scaled(branch))
         middle = x + branch
         source = x if c.parallel_residual else middle
         branch = mlp(probe("mlp_in", norm("mlp_norm", source)), probe)
         if sandwich:
             branch = norm("mlp_post_norm", branch)
-        branch = probe("mlp_out", branch)
+        branch = probe("mlp_out", scaled(branch))
         return constrain(middle + branch, "batch", "length", "act_embed"), new_keys
 
 
@@ -192,8 +195,10 @@ class Decoder:
         return HeadProjection(normed, weight, self.config.tie_embeddings, dtype, softcap)
 
     def head(self, params: Params, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
-        """Float32 logits: final norm, projection, soft cap."""
+        """Float32 logits: final norm, scale, projection, soft cap."""
         normed = make_norm(self.config).apply({"params": params["final_norm"]}, hidden)
+        if self.config.logit_scale is not None:
+            normed = normed * jnp.asarray(self.config.logit_scale, normed.dtype)
         if self.config.tie_embeddings:
             logits = self._embedding().apply({"params": params["embedding"]}, normed, method="project")
         else:
@@ -356,7 +361,7 @@ class Decoder:
     def _embedding(self) -> Embedding:
         c = self.config
         axes = ("tied_vocab" if c.tie_embeddings else "vocab", "embed")
-        init = jax.nn.initializers.normal(c.init_std)
+        init = jax.nn.initializers.normal(c.embedding_std)
         return Embedding(c.vocab_size, c.embed_dim, axes, init, c.embedding_scale, c.precision)
 
     def _position_embedding(self) -> Embedding:
@@ -366,7 +371,7 @@ class Decoder:
 
     def _head(self) -> Head:
         c = self.config
-        return Head(c.vocab_size, jax.nn.initializers.normal(c.init_std), c.precision)
+        return Head(c.vocab_size, jax.nn.initializers.normal(c.embedding_std), c.precision)
 
 
 def _is_box(x: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from jaxlm.core.errors import ConfigError, nearest
 from jaxlm.layers.rotary import RopeScaling
 from jaxlm.models.config import DecoderConfig
+from jaxlm.models.scaling_rules import ScalingRules
 
 
 def _sized(base: DecoderConfig, layers: int, embed: int, heads: int, mlp: int, kv: int | None = None, **more):
@@ -146,6 +147,15 @@ def _gemma3(embed: int, mlp: int, layers: int, window: int) -> DecoderConfig:
     )
 
 
+# MiniCPM (Hu et al. 2024, arXiv 2404.06395), whose own parametrization has the rates of one width serve all, and the
+# sizes of its wind tunnel ("0.2b" in the paper is 0.2 billion parameters without embeddings).
+MINICPM_2B = DecoderConfig(122_753, 40, 2304, 36, 5760, max_length=4096, tie_embeddings=True)
+
+
+def _minicpm(layers: int, embed: int, heads: int, mlp: int, kv: int | None = None, **more) -> DecoderConfig:
+    return ScalingRules().apply(_sized(MINICPM_2B, layers, embed, heads, mlp, kv, **more))
+
+
 PRESETS: Mapping[str, DecoderConfig] = {
     "llama-60m": LLAMA_60M,
     "llama-130m": _sized(LLAMA_60M, 12, 768, 12, 2048),
@@ -183,6 +193,15 @@ PRESETS: Mapping[str, DecoderConfig] = {
     "gemma-2-2b": GEMMA2_2B,
     "gemma-3-270m": _gemma3(640, 2048, 18, 512),
     "gemma-3-1b": _gemma3(1152, 6912, 26, 512),
+    "minicpm-2.4b": _minicpm(40, 2304, 36, 5760),
+    "minicpm-1.2b": _minicpm(52, 1536, 24, 3840, 8, vocab_size=73_440),
+    "minicpm-9m": _minicpm(8, 320, 5, 800),
+    "minicpm-30m": _minicpm(12, 512, 8, 1280),
+    "minicpm-70m": _minicpm(14, 640, 10, 1600),
+    "minicpm-0.1b": _minicpm(16, 768, 12, 1920),
+    "minicpm-0.17b": _minicpm(18, 896, 14, 2240),
+    "minicpm-0.2b": _minicpm(20, 1024, 16, 2560),
+    "minicpm-0.5b": _minicpm(24, 1344, 21, 3360),
 }
 
 PARAMETERS: Mapping[str, int] = {

@@ -14,7 +14,7 @@ from jaxlm.optim.eight_bit import (
 )
 from jaxlm.optim.fisher import natural_gradient, scale_by_empirical_fisher
 from jaxlm.optim.galore import fira, galore, natural_galore, scale_by_fira, scale_by_galore
-from jaxlm.optim.learning_rate import FromHparams, LearningRate, scale_by_learning_rate
+from jaxlm.optim.learning_rate import FromHparams, LearningRate, ScheduleFromHparams, scale_by_learning_rate
 from jaxlm.optim.limiters import limit_norm_growth
 from jaxlm.optim.memory import model_bytes, state_bytes
 from jaxlm.optim.normalized import (
@@ -25,7 +25,7 @@ from jaxlm.optim.normalized import (
     scale_optimizer,
     swan,
 )
-from jaxlm.optim.optimizers import adamw, muon
+from jaxlm.optim.optimizers import adamw, muon, scale_by_factors
 from jaxlm.optim.projection import Projection
 from jaxlm.optim.reset import reset_state_every
 from jaxlm.optim.schedules import Schedule, quick_recovery, rewarm, warmup_stable_decay
@@ -41,6 +41,7 @@ __all__ = [
     "OptimizerConfig",
     "Projection",
     "Schedule",
+    "ScheduleFromHparams",
     "adamw",
     "add_masked_decay",
     "adamw_8bit",
@@ -69,6 +70,7 @@ __all__ = [
     "scale_by_empirical_fisher",
     "scale_by_fira",
     "scale_by_galore",
+    "scale_by_factors",
     "scale_by_learning_rate",
     "scale_by_orthogonalization",
     "scale_by_spam",

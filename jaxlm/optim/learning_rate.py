@@ -8,6 +8,7 @@ varies is read from `hparams`, which is mapped with the members.
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +30,19 @@ class FromHparams:
     schedule: Schedule | None = None
 
 
-LearningRate = float | Schedule | FromHparams
+@dataclasses.dataclass(frozen=True)
+class ScheduleFromHparams:
+    """A schedule of which a sweep varies more than the height: `make(hparams)(step)`.
+
+        ScheduleFromHparams(lambda h: rewarm(h["peak"], steps, h["warmup_steps"], end_fraction=h["end_fraction"]))
+
+    Members with other peaks and warm-ups, and one whose rate is constant, then share one compiled program.
+    """
+
+    make: Callable[[Mapping[str, Any]], Schedule]
+
+
+LearningRate = float | Schedule | FromHparams | ScheduleFromHparams
 
 
 def scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransformationExtraArgs:
@@ -56,6 +69,11 @@ def scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransfo
 def value_of(learning_rate: LearningRate, step: Any = None, hparams: Any = None) -> Any:
     """The learning rate at `step`, as `scale_by_learning_rate` uses it: what a run logs."""
     factor = 1.0
+    if isinstance(learning_rate, ScheduleFromHparams):
+        try:
+            learning_rate = learning_rate.make(hparams or {})
+        except KeyError as error:
+            raise ConfigError(f"the schedule reads {error} of hparams, which are {sorted(hparams or {})}") from error
     if isinstance(learning_rate, FromHparams):
         if hparams is None or learning_rate.name not in hparams:
             raise ConfigError(

@@ -6,7 +6,7 @@ rate follows the caller's `step`. Call them as `tx.update(gradients, state, para
 arguments `key`, `loss_fn` and `hparams` may be given too.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ def adamw(
     decay: roles.Predicate | Collection[str] = DECAYED_ROLES,
     clip_norm: float | None = None,
     mu_dtype: Any = None,
+    rate_factor: Callable[[str, str], float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW: `p -= lr(step) * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p)`.
 
@@ -44,13 +45,17 @@ def adamw(
       decay: which parameters decay: roles, or a predicate on `(path, role)`.
       clip_norm: scale gradients down to this global norm first; None leaves them.
       mu_dtype: dtype of the first moment; None is that of the parameter.
+      rate_factor: of each parameter's learning rate, by `(path, role)`, as `ScalingRules.rate_factor` gives it. The
+        decay is not multiplied: in models of any width parameters shrink alike.
 
     Raises:
       ConfigError: a value out of its range, a leaf without a role, an unknown role in `decay`.
     """
+    factors = [] if rate_factor is None else [scale_by_factors(rate_factor, axes)]
     return wiring.optimizer(
         learning_rate,
         wiring.adam(b1, b2, eps, mu_dtype),
+        *factors,
         axes=axes,
         weight_decay=weight_decay,
         decay=decay,
@@ -135,6 +140,16 @@ def muon(
         decay=decay,
         clip_norm=clip_norm,
     )
+
+
+def scale_by_factors(factor: Callable[[str, str], float], axes: Any) -> optax.GradientTransformation:
+    """Multiplies the update of every parameter by `factor(path, role)`. Stateless."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda u, f: u * f, updates, roles.select(updates, axes, factor)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _shape_scale(shape: tuple[int, ...], consistent_rms: float | None) -> float:

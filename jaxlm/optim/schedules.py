@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -44,7 +45,8 @@ def warmup_stable_decay(
     (2024, arXiv 2405.18392).
 
     Args:
-      peak: the rate of the constant part, >= 0.
+      peak: the rate of the constant part, >= 0. This and the numbers of steps may be traced, as those that a sweep
+        varies are (`ScheduleFromHparams`); then they are not checked.
       total_steps: length of the run in updates, decay included.
       warmup_steps: updates before the peak is reached; 0 starts at the peak.
       decay_steps: updates from the peak to the end; 0 leaves the decay out.
@@ -57,7 +59,8 @@ def warmup_stable_decay(
     if shape not in DECAY_SHAPES:
         raise ConfigError(f"decay shape '{shape}' is unknown: {nearest(str(shape), DECAY_SHAPES)}")
     _check("warmup_stable_decay", peak, total_steps, warmup_steps, end_fraction)
-    if decay_steps < 0 or warmup_steps + decay_steps > total_steps:
+    known = all(map(_is_known, (total_steps, warmup_steps, decay_steps)))
+    if known and (decay_steps < 0 or warmup_steps + decay_steps > total_steps):
         raise ConfigError(
             f"warmup_stable_decay: decay_steps is {decay_steps}, expected 0 <= decay_steps <= total_steps - "
             f"warmup_steps = {total_steps - warmup_steps}"
@@ -68,8 +71,8 @@ def warmup_stable_decay(
 
     def schedule(step: Step) -> Float[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
-        warm = step / max(warmup_steps, 1)
-        x = jnp.clip((step - decay_start) / max(decay_steps, 1), 0.0, 1.0)
+        warm = step / jnp.maximum(warmup_steps, 1)
+        x = jnp.clip((step - decay_start) / jnp.maximum(decay_steps, 1), 0.0, 1.0)
         return peak * jnp.where(step < warmup_steps, warm, _decay(shape, x, end_fraction))
 
     return schedule
@@ -92,23 +95,24 @@ def rewarm(
     arXiv 2308.04014), whose warm-ups start from 0 and last 0, 0.5, 1 or 2 % of the continuation.
 
     Args:
-      peak: the rate reached after the warm-up, >= 0.
+      peak: the rate reached after the warm-up, >= 0. This and what follows `total_steps` may be traced, as the
+        numbers that a sweep varies are (`ScheduleFromHparams`); then they are not checked.
       total_steps: length of the continuation in updates, warm-up included.
       warmup_steps: updates of the linear warm-up.
-      end_fraction: the rate at the end as a fraction of the peak, in [0, 1].
+      end_fraction: the rate at the end as a fraction of the peak, in [0, 1]; 1 stays at the peak.
       start: the rate of the first update when there is a warm-up, such as the last one of the run before.
 
     Raises:
       ConfigError: the warm-up is longer than the run, or a value is out of its range.
     """
     _check("rewarm", peak, total_steps, warmup_steps, end_fraction)
-    if not (math.isfinite(start) and start >= 0):
+    if _is_known(start) and not (math.isfinite(start) and start >= 0):
         raise ConfigError(f"rewarm: start is {start}, expected a finite number >= 0")
 
     def schedule(step: Step) -> Float[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
-        warm = start + (peak - start) * step / max(warmup_steps, 1)
-        x = jnp.clip((step - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
+        warm = start + (peak - start) * step / jnp.maximum(warmup_steps, 1)
+        x = jnp.clip((step - warmup_steps) / jnp.maximum(total_steps - warmup_steps, 1), 0.0, 1.0)
         return jnp.where(step < warmup_steps, warm, peak * _decay("cosine", x, end_fraction))
 
     return schedule
@@ -161,13 +165,18 @@ def _decay(shape: DecayShape, x: Float[Array, ""], end: float) -> Float[Array, "
 
 
 def _check(name: str, peak: float, total_steps: int, warmup_steps: int, end_fraction: float) -> None:
-    if not (math.isfinite(peak) and peak >= 0):
+    if _is_known(peak) and not (math.isfinite(peak) and peak >= 0):
         raise ConfigError(f"{name}: peak is {peak}, expected a finite number >= 0")
-    if total_steps < 1:
+    if _is_known(total_steps) and total_steps < 1:
         raise ConfigError(f"{name}: total_steps is {total_steps}, expected >= 1")
-    if not 0 <= warmup_steps <= total_steps:
+    if _is_known(warmup_steps) and _is_known(total_steps) and not 0 <= warmup_steps <= total_steps:
         raise ConfigError(
             f"{name}: warmup_steps is {warmup_steps}, expected 0 <= warmup_steps <= total_steps = {total_steps}"
         )
-    if not 0 <= end_fraction <= 1:
+    if _is_known(end_fraction) and not 0 <= end_fraction <= 1:
         raise ConfigError(f"{name}: end_fraction is {end_fraction}, expected 0 <= end_fraction <= 1")
+
+
+def _is_known(value: float) -> bool:
+    """Whether a number can be looked at now."""
+    return not isinstance(value, jax.core.Tracer)

@@ -2,6 +2,7 @@
 
 from jaxlm.training.callbacks import Evaluate, Log, Profile, Save
 from jaxlm.training.checkpoints import Checkpoints, Restored, load_meta, load_params
+from jaxlm.training.continuation import continue_state
 from jaxlm.training.loop import Callback, Interrupted, fit
 from jaxlm.training.populations import Member, Outcome, Population
 from jaxlm.training.program import Program
@@ -33,6 +34,7 @@ __all__ = [
     "accumulate",
     "change_every",
     "coordinate_search",
+    "continue_state",
     "exclusive",
     "grid",
     "fit",

@@ -1,9 +1,10 @@
 """What a population keeps on disk: each finished member (JSON, its parameters beside it), and states under way.
 
-A member is the file of its name: `NAME.json` once it is finished, `NAME.npz` its parameters, `NAME.state.npz` its state
-before that. Every file is replaced in one move.
+A member is the file of its name: `NAME.json` once it is finished, `NAME.npz` its parameters, `NAME.final.npz` its whole
+state, `NAME.state.npz` its state before that. Every file is replaced in one move.
 """
 
+import dataclasses
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -30,142 +31,181 @@ def file_name(member_name: str) -> str:
     return safe if len(safe) <= _LONGEST else f"{safe[:_LONGEST]}-{fingerprint(member_name)}"
 
 
-def save(folder: Path, outcome: Any, num_steps: int) -> None:
-    """Keeps a finished member."""
-    path = _file(folder, outcome.member)
-    if outcome.params is not None:
-        _write_arrays(path.with_suffix(".npz"), {name: np.asarray(x) for name, x in trees.named_leaves(outcome.params)})
-    write_json(
-        path,
-        {
-            **_about(outcome.member, num_steps),
-            "seconds": outcome.seconds,
-            "results": dict(outcome.results),
-            "history": {name: np.asarray(x, np.float64).tolist() for name, x in outcome.history.items()},
-        },
-    )
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Members of one population in a folder.
 
-
-def load(folder: Path, member: Any, num_steps: int, abstract: Any) -> tuple[dict, dict, float, Any] | None:
-    """History, results, seconds and parameters of a finished member, or `None`.
-
-    `abstract`: the structure of its parameters, if they are wanted too.
-
-    Raises `DataError` for a member with other settings, and for a damaged file.
+    `settings` (JSON) must be those of what is there. `abstract` is the state of one member.
     """
-    path = _file(folder, member)
-    if not path.exists() or (abstract is not None and not path.with_suffix(".npz").exists()):
-        return None
-    kept = read_object(path)
-    _check_same(path, kept, member, num_steps)
-    try:
-        history = {name: np.array([float(number(v)) for v in x], np.float32) for name, x in kept["history"].items()}
-        results = {name: float(number(x)) for name, x in kept["results"].items()}
-        seconds = float(number(kept["seconds"]))
-        if len({len(x) for x in history.values()}) != 1 or not 1 <= len(next(iter(history.values()))) <= num_steps:
-            raise ValueError("its history is not one of steps")
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise _damaged(path, error) from error
-    params = None
-    if abstract is not None:
-        arrays = _read_arrays(path.with_suffix(".npz"), {name: leaf for name, leaf in trees.named_leaves(abstract)})
-        params = trees.map_named(lambda name, leaf: jnp.asarray(arrays[name]), abstract)
-    return history, results, seconds, params
 
+    folder: Path
+    settings: Mapping[str, Any]
+    abstract: TrainState
 
-def save_states(
-    folder: Path, members: Sequence[Any], num_steps: int, done: int, states: TrainState, history: Mapping[str, Any]
-) -> None:
-    """Keeps the states of members after `done` steps; `states` and `history` have a leading axis of members."""
-    leaves = [np.asarray(x) for x in jax.tree.leaves(_as_data(states))]
-    for i, member in enumerate(members):
-        arrays = {f"state/{n}": x[i] for n, x in enumerate(leaves)} | {f"history/{n}": x[i] for n, x in history.items()}
-        about = json.dumps({**_about(member, num_steps), "done": done}).encode()
-        _write_arrays(_state_file(folder, member), {**arrays, "about": np.frombuffer(about, np.uint8)})
+    def save(self, outcome: Any) -> None:
+        """Keeps a finished member."""
+        path = self._file(outcome.member)
+        if outcome.params is not None:
+            named = trees.named_leaves(outcome.params)
+            _write_arrays(path.with_suffix(".npz"), {name: np.asarray(x) for name, x in named})
+        if outcome.state is not None:
+            step = np.asarray(outcome.state.step)
+            _write_arrays(self._state_file(outcome.member, ".final.npz"), {**_numbered(outcome.state), "step": step})
 
+        def lists(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: np.asarray(x, np.float64).tolist() for name, x in values.items()}
 
-def load_states(
-    folder: Path, members: Sequence[Any], num_steps: int, abstract: TrainState
-) -> tuple[TrainState, dict[str, np.ndarray], int] | None:
-    """What `save_states` kept of these members, if it is there for all of them and after equally many steps.
+        found = {"seconds": outcome.seconds, "results": dict(outcome.results), "history": lists(outcome.history)}
+        tracked = {"tracked": lists(outcome.tracked)} if outcome.tracked else {}
+        write_json(path, {**self._about(outcome.member), **found, **tracked})
 
-    Raises `DataError` as `load`.
-    """
-    files = [_state_file(folder, member) for member in members]
-    if not all(path.exists() for path in files):
-        return None
-    leaves, tree = jax.tree.flatten(_as_data(abstract))
-    found, histories, steps = [], [], set()
-    for path, member in zip(files, members):
+    def load(self, member: Any, params: bool, state: bool) -> dict[str, Any] | None:
+        """What an outcome of a finished member has, or `None`; its parameters and state if they are wanted too.
+
+        Raises `DataError` for a member with other settings, and for a damaged file.
+        """
+        path, final = self._file(member), self._state_file(member, ".final.npz")
+        wanted = [path, *([path.with_suffix(".npz")] if params else []), *([final] if state else [])]
+        if not all(p.exists() for p in wanted):
+            return None
+        kept = read_object(path)
+        self._check_same(path, kept, member)
+        try:
+            history, tracked = (
+                {name: np.array([float(number(v)) for v in x], np.float32) for name, x in kept.get(part, {}).items()}
+                for part in ("history", "tracked")
+            )
+            results = {name: float(number(x)) for name, x in kept["results"].items()}
+            found = {
+                "history": history,
+                "tracked": tracked,
+                "results": results,
+                "seconds": float(number(kept["seconds"])),
+            }
+            steps = {len(x) for x in history.values()}
+            if len(steps) != 1 or not 1 <= steps.pop() <= self.settings["num_steps"]:
+                raise ValueError("its history is not one of steps")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise _damaged(path, error) from error
+        if params:
+            trainable = self.abstract.trainable
+            arrays = _read_arrays(path.with_suffix(".npz"), dict(trees.named_leaves(trainable)))
+            found["params"] = trees.map_named(lambda name, leaf: jnp.asarray(arrays[name]), trainable)
+        if state:
+            found["state"] = self._final_state(final)
+        return found
+
+    def save_states(
+        self,
+        members: Sequence[Any],
+        done: int,
+        states: TrainState,
+        history: Mapping[str, Any],
+        tracked: Mapping[str, Any],
+    ) -> None:
+        """Keeps the states of members after `done` steps; all arrays but the step have a leading axis of members."""
+        arrays, step = _numbered(states), int(states.step)
+        arrays |= {f"history/{n}": x for n, x in history.items()} | {f"tracked/{n}": x for n, x in tracked.items()}
+        for i, member in enumerate(members):
+            about = json.dumps({**self._about(member), "done": done, "step": step}).encode()
+            mine = {name: x[i] for name, x in arrays.items()}
+            _write_arrays(self._state_file(member), {**mine, "about": np.frombuffer(about, np.uint8)})
+
+    def load_states(self, members: Sequence[Any]) -> tuple[TrainState, dict, dict, int] | None:
+        """States, history, what was tracked and steps done, if `save_states` kept them of all these members and after
+        equally many steps. Raises `DataError` as `load`."""
+        files = [self._state_file(member) for member in members]
+        if not all(path.exists() for path in files):
+            return None
+        read = [self._under_way(path, member) for path, member in zip(files, members)]
+        if len({(done, step, frozenset(history)) for _, history, _, done, step in read}) > 1:
+            return None
+        leaves, histories, tracked, (done, *_), (step, *_) = zip(*read)
+        tree = jax.tree.structure(_mapped(self.abstract))
+        states = jax.tree.unflatten(tree, [jnp.asarray(np.stack(x)) for x in zip(*leaves)])
+        states = _as_state(states, self.abstract, step)
+        return states, _stacked(histories), _stacked(tracked), done
+
+    def forget_states(self, members: Sequence[Any]) -> None:
+        """Removes the states of members that are finished."""
+        for member in members:
+            self._state_file(member).unlink(missing_ok=True)
+
+    def _under_way(self, path: Path, member: Any) -> tuple[list[np.ndarray], dict, dict, int, int]:
         try:
             with np.load(path, allow_pickle=False) as flat:
                 about = parse_json(flat["about"].tobytes(), f"{path}")
-                names = [name for name in flat.files if name.startswith("history/")]
-                histories.append({name.removeprefix("history/"): flat[name] for name in names})
+                history, tracked = (
+                    {name.removeprefix(part): flat[name] for name in flat.files if name.startswith(part)}
+                    for part in ("history/", "tracked/")
+                )
         except (*_DAMAGED, DataError) as error:
             raise _damaged(path, error) from error
-        _check_same(path, about if isinstance(about, dict) else {}, member, num_steps)
-        done = about.get("done")
-        rows = {x.shape for x in histories[-1].values()}
-        if type(done) is not int or not 0 < done <= num_steps or rows != {(done,)}:
+        about = about if isinstance(about, dict) else {}
+        self._check_same(path, about, member)
+        done, step = about.get("done"), about.get("step")
+        whole = type(done) is int and 0 < done <= self.settings["num_steps"] and type(step) is int and step >= done
+        if not whole or {x.shape for x in history.values()} != {(done,)}:
             raise _damaged(path, "its history is not one of steps")
-        steps.add(done)
+        return self._leaves(path), history, tracked, done, step
+
+    def _final_state(self, path: Path) -> TrainState:
+        step = _read_arrays(path, {"step": jax.ShapeDtypeStruct((), np.int32)})["step"]
+        tree = jax.tree.structure(_mapped(self.abstract))
+        return _as_state(jax.tree.unflatten(tree, [jnp.asarray(x) for x in self._leaves(path)]), self.abstract, step)
+
+    def _leaves(self, path: Path) -> list[np.ndarray]:
+        leaves = jax.tree.leaves(_mapped(self.abstract))
         arrays = _read_arrays(path, {f"state/{i}": leaf for i, leaf in enumerate(leaves)})
-        found.append([arrays[f"state/{i}"] for i in range(len(leaves))])
-    if len(steps) > 1 or len({frozenset(h) for h in histories}) > 1:
-        return None
-    states = jax.tree.unflatten(tree, [jnp.asarray(np.stack(x)) for x in zip(*found)])
-    done = steps.pop()
-    states = TrainState(**{**vars(_as_keys(states, abstract)), "step": jnp.asarray(done, jnp.int32)})
-    return states, {name: np.stack([h[name] for h in histories]) for name in histories[0]}, done
+        return [arrays[f"state/{i}"] for i in range(len(leaves))]
+
+    def _file(self, member: Any) -> Path:
+        # Not `with_suffix` on the name alone: it may have dots.
+        return Path(self.folder) / (file_name(member.name) + ".json")
+
+    def _state_file(self, member: Any, suffix: str = ".state.npz") -> Path:
+        return Path(self.folder) / (file_name(member.name) + suffix)
+
+    def _about(self, member: Any) -> dict[str, Any]:
+        about = {"name": member.name, "seed": member.seed, "hparams": dict(member.hparams), **self.settings}
+        return about if member.data_seed is None else {**about, "data_seed": member.data_seed}
+
+    def _check_same(self, path: Path, kept: Mapping[str, Any], member: Any) -> None:
+        about = json.loads(json.dumps(self._about(member)))
+        known = ("name", "seed", "hparams", "num_steps", "start", "data_seed")
+        there = {name: kept[name] for name in known if name in kept}
+        if there != about:
+            raise DataError(f"{path} is of a run with other settings: {there}, here {about}")
 
 
-def forget_states(folder: Path, members: Sequence[Any]) -> None:
-    """Removes the states of members that are finished."""
-    for member in members:
-        _state_file(folder, member).unlink(missing_ok=True)
+def as_data(x: Any) -> Any:
+    """A typed key, or its shape, as the numbers that it is made of; other arrays as they are."""
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    return jax.eval_shape(jax.random.key_data, x) if isinstance(x, jax.ShapeDtypeStruct) else jax.random.key_data(x)
 
 
-def _file(folder: Path, member: Any) -> Path:
-    # Not `with_suffix` on the name alone: it may have dots.
-    return Path(folder) / (file_name(member.name) + ".json")
-
-
-def _state_file(folder: Path, member: Any) -> Path:
-    return Path(folder) / (file_name(member.name) + ".state.npz")
-
-
-def _about(member: Any, num_steps: int) -> dict[str, Any]:
-    about = {"name": member.name, "seed": member.seed, "hparams": dict(member.hparams), "num_steps": num_steps}
-    return about if member.data_seed is None else {**about, "data_seed": member.data_seed}
-
-
-def _check_same(path: Path, kept: Mapping[str, Any], member: Any, num_steps: int) -> None:
-    about = json.loads(json.dumps(_about(member, num_steps)))
-    there = {name: kept[name] for name in ("name", "seed", "hparams", "num_steps", "data_seed") if name in kept}
-    if there != about:
-        raise DataError(f"{path} is of a run with other settings: {there}, here {about}")
-
-
-def _as_data(states: TrainState) -> dict[str, Any]:
-    """The mapped parts of states, keys as the numbers that they are."""
+def _mapped(states: TrainState) -> dict[str, Any]:
+    """The parts of states that members have of their own, keys as numbers."""
     rest = {name: getattr(states, name) for name in ("trainable", "opt_state", "extra", "key", "hparams")}
-
-    def data(x: Any) -> Any:
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return x
-        return jax.eval_shape(jax.random.key_data, x) if isinstance(x, jax.ShapeDtypeStruct) else jax.random.key_data(x)
-
-    return jax.tree.map(data, rest)
+    return jax.tree.map(as_data, rest)
 
 
-def _as_keys(found: dict[str, Any], abstract: TrainState) -> TrainState:
+def _numbered(states: TrainState) -> dict[str, np.ndarray]:
+    return {f"state/{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(_mapped(states)))}
+
+
+def _as_state(found: dict[str, Any], abstract: TrainState, step: Any) -> TrainState:
     like = {name: getattr(abstract, name) for name in found}
 
     def key(x: Any, leaf: Any) -> Any:
         return jax.random.wrap_key_data(x) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else x
 
-    return TrainState(step=None, **jax.tree.map(key, found, like))
+    return TrainState(step=jnp.asarray(step, jnp.int32), **jax.tree.map(key, found, like))
+
+
+def _stacked(values: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([v[name] for v in values]) for name in values[0]}
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

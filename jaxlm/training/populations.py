@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxlm.core import trees
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.keys import fold
 from jaxlm.training import kept_members
@@ -34,7 +35,7 @@ from jaxlm.training.step import Step
 HOW = ("auto", "loop", "map", "vmap")
 _AXIS = "members"
 
-Init = Callable[[jax.Array, Mapping[str, Any]], TrainState]
+Init = Callable[..., TrainState]
 Sample = Callable[[jax.Array, jax.Array], Mapping[str, jax.Array]]
 Evaluation = Callable[[Any], Mapping[str, jax.Array]]
 History = Mapping[str, Float[np.ndarray, "steps"]]
@@ -56,7 +57,8 @@ class Outcome:
 
     `history`: metrics of each step, `loss` and `grad_norm` among them; shorter than the run if it was stopped.
     `results`: of `evaluate` after the last step; those of a run that diverged are not finite. `params`: what was
-    trained, if it was asked for.
+    trained, and `state`: all of the state, if they were asked for. `tracked`: of `track`, before the first step and
+    after every `track_every`.
     """
 
     member: Member
@@ -64,6 +66,8 @@ class Outcome:
     results: Mapping[str, float]
     seconds: float
     params: Any = None
+    state: TrainState | None = None
+    tracked: Mapping[str, Float[np.ndarray, "times"]] = dataclasses.field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -76,7 +80,8 @@ class Population:
     """What all members have in common.
 
     Args:
-      init: `(key, hparams) -> TrainState`, traceable; give it `hparams` with `init_state`.
+      init: `(key, hparams) -> TrainState`, traceable; give it `hparams` with `init_state`. A third argument is what
+        `train` is given as `start`.
       step: not compiled, of `make_step`. An optimizer reads a member's numbers from `hparams`.
       sample: `(key, step) -> batch`, traceable; `key` is the member's own.
       num_steps: of every member.
@@ -85,6 +90,7 @@ class Population:
         and `vmap` elsewhere. `loop` and `map` give the same bits, and `loop` keeps members as they are done.
       devices: among which members are divided, by default the first alone; each gets whole members.
       tokens_per_step: in a batch, for accounts of tokens.
+      track: like `evaluate`, but before the first step and after every `track_every` steps, which divide `num_steps`.
     """
 
     init: Init
@@ -95,12 +101,18 @@ class Population:
     how: str = "auto"
     devices: tuple[jax.Device, ...] = ()
     tokens_per_step: int | None = None
+    track: Evaluation | None = None
+    track_every: int = 0
 
     def __post_init__(self):
         if self.how not in HOW:
             raise ConfigError(f"how is '{self.how}', expected one of {', '.join(HOW)}")
         if self.num_steps < 1:
             raise ConfigError(f"num_steps is {self.num_steps}, expected at least 1")
+        if (self.track is None) != (self.track_every == 0):
+            raise ConfigError("track and track_every come together: what to measure, and how often")
+        if self.track_every and (self.track_every < 1 or self.num_steps % self.track_every):
+            raise ConfigError(f"track_every is {self.track_every}, expected a divisor of num_steps = {self.num_steps}")
 
     def train(
         self,
@@ -109,6 +121,8 @@ class Population:
         frozen: Any = None,
         folder: Path | None = None,
         keep_params: bool = False,
+        keep_state: bool = False,
+        start: Any = None,
         report: Callable[[Outcome], None] | None = None,
         check_every: int | None = None,
         stop: Callable[[Member, History], bool] | None = None,
@@ -119,9 +133,11 @@ class Population:
           frozen: the step's, shared by all members.
           folder: where finished members are kept, a file each; they are not trained again.
           keep_params: also returns (and keeps) what was trained.
+          keep_state: also returns (and keeps) the whole state, from which training can go on.
+          start: what all members start from, handed to `init` (an argument of the program, not a constant in it).
           report: called with each outcome as it comes.
-          check_every: steps, a divisor of `num_steps`, after which `stop` is asked and, with a folder, the states of
-            members are kept: a run that was killed goes on from there, to the same bits.
+          check_every: steps, a divisor of `num_steps` and a multiple of `track_every`, after which `stop` is asked and,
+            with a folder, the states of members are kept: a run that was killed goes on from there, to the same bits.
           stop: whether a member, with its metrics so far, ends here; it is evaluated as it is then.
 
         Raises:
@@ -129,17 +145,20 @@ class Population:
           DataError: `folder` holds a member of the same name with other settings, or a damaged file.
         """
         _check(members)
-        length = self._segment(check_every, stop)
-        found: dict[str, Outcome | None] = dict.fromkeys(m.name for m in members)
+        every = self._check_every(check_every, stop)
+        kept = None
         if folder is not None:
-            abstract = self._abstract_state(members[0])
-            wanted = abstract.trainable if keep_params else None
+            settings: dict[str, Any] = {"num_steps": self.num_steps}
+            settings |= {} if start is None else {"start": trees.fingerprint(jax.tree.map(kept_members.as_data, start))}
+            kept = kept_members.Folder(folder, settings, self._abstract_state(members[0], start))
+        found: dict[str, Outcome | None] = dict.fromkeys(m.name for m in members)
+        if kept is not None:
             for m in members:
-                if (kept := kept_members.load(folder, m, self.num_steps, wanted)) is not None:
-                    found[m.name] = Outcome(m, *kept)
+                if (facts := kept.load(m, keep_params, keep_state)) is not None:
+                    found[m.name] = Outcome(m, **facts)
         waiting = [m for m in members if found[m.name] is None]
         for group in self._groups(waiting):
-            for outcome in self._train_group(group, frozen, folder, keep_params, length, stop):
+            for outcome in self._train_group(group, frozen, start, kept, keep_params, keep_state, every, stop):
                 if report is not None:
                     report(outcome)
                 found[outcome.member.name] = outcome
@@ -158,42 +177,66 @@ class Population:
         size = max(1, len(self.devices)) if self._how == "loop" else max(1, len(members))
         return [members[i : i + size] for i in range(0, len(members), size)]
 
-    def _segment(self, check_every: int | None, stop: Any) -> int:
+    def _check_every(self, check_every: int | None, stop: Any) -> int:
         if stop is not None and check_every is None:
             raise ConfigError("stop is given without check_every: after how many steps is it asked?")
-        length = self.num_steps if check_every is None else check_every
-        if length < 1 or self.num_steps % length:
+        every = self.num_steps if check_every is None else check_every
+        if every < 1 or self.num_steps % every:
             raise ConfigError(f"check_every is {check_every}, expected a divisor of num_steps {self.num_steps}")
-        return length
+        if self.track_every and every % self.track_every:
+            raise ConfigError(f"check_every is {check_every}, expected a multiple of track_every {self.track_every}")
+        return every
 
-    def _abstract_state(self, member: Member) -> TrainState:
-        return jax.eval_shape(self.init, jax.random.key(0), dict(member.hparams))
+    def _abstract_state(self, member: Member, start: Any) -> TrainState:
+        given = () if start is None else (start,)
+        return jax.eval_shape(self.init, jax.random.key(0), dict(member.hparams), *given)
 
     def _train_group(
-        self, group: Sequence[Member], frozen: Any, folder: Path | None, keep_params: bool, length: int, stop: Any
+        self,
+        group: Sequence[Member],
+        frozen: Any,
+        start: Any,
+        kept: Any,
+        keep_params: bool,
+        keep_state: bool,
+        every: int,
+        stop: Any,
     ) -> list[Outcome]:
+        length = self.track_every or every
         padded = [*group, *[group[-1]] * (-len(group) % max(1, len(self.devices)))]
         keys = jnp.stack([jax.random.key(m.seed) for m in padded])
         seeds = [m.seed if m.data_seed is None else m.data_seed for m in padded]
         data_keys = jnp.stack([fold(jax.random.key(seed), "data") for seed in seeds])
         hparams = {name: jnp.array([m.hparams[name] for m in padded], jnp.float32) for name in padded[0].hparams}
         started = time.perf_counter()
-        states, history, done = self._begin(keys, hparams, padded, folder, length)
-        pieces: list[dict[str, np.ndarray]] = [history] if history else []
+        under_way = None if kept is None else kept.load_states(padded)
+        if under_way is not None and under_way[3] % length == 0:
+            states, history, tracked, done = under_way
+        else:
+            states, history, tracked, done = self._start(keys, hparams, start), {}, {}, 0
+        pieces, marks = ([history] if history else []), ([tracked] if tracked else [])
         outcomes: dict[str, Outcome] = {}
         while len(outcomes) < len(group):
+            if self.track is not None and not done:
+                marks.append(self._measure(states))
             if done < self.num_steps:
                 states, piece = self._advance(states, data_keys, frozen, length=length)
                 pieces.append({name: np.asarray(x) for name, x in piece.items()})
                 done += length
-            history = {name: np.concatenate([p[name] for p in pieces], axis=1) for name in pieces[0]}
+                if self.track is not None:
+                    marks.append(self._measure(states))
+            if done % every:
+                continue
+            history, tracked = (
+                {name: np.concatenate([p[name] for p in parts], axis=1) for name in (parts[0] if parts else ())}
+                for parts in (pieces, marks)
+            )
             ending = [
                 i for i, m in enumerate(group)
                 if m.name not in outcomes
                 and (done == self.num_steps or (stop is not None and stop(m, {n: x[i] for n, x in history.items()})))
             ]  # fmt: skip
-            if ending:
-                results = {} if self.evaluate is None else jax.device_get(self._finish(states.trainable))
+            results = {} if self.evaluate is None or not ending else jax.device_get(self._finish(states.trainable))
             seconds = (time.perf_counter() - started) / len(group)
             for i in ending:
                 outcomes[group[i].name] = outcome = Outcome(
@@ -202,33 +245,28 @@ class Population:
                     _results({name: float(x[i]) for name, x in results.items()}, history, i),
                     seconds,
                     jax.tree.map(lambda x, i=i: x[i], states.trainable) if keep_params else None,
+                    _member_state(states, i) if keep_state else None,
+                    {name: x[i] for name, x in tracked.items()},
                 )
-                if folder is not None:
-                    kept_members.save(folder, outcome, self.num_steps)
-            if folder is not None and len(outcomes) < len(group):
-                kept_members.save_states(folder, group, self.num_steps, done, states, history)
-        if folder is not None:
-            kept_members.forget_states(folder, group)
+                if kept is not None:
+                    kept.save(outcome)
+            if kept is not None and len(outcomes) < len(group):
+                kept.save_states(group, done, states, history, tracked)
+        if kept is not None:
+            kept.forget_states(group)
         return [outcomes[m.name] for m in group]
 
-    def _begin(
-        self, keys: Array, hparams: Mapping[str, Array], members: Sequence[Member], folder: Path | None, length: int
-    ) -> tuple[TrainState, dict[str, np.ndarray], int]:
-        """States, metrics so far and steps taken of a group: new ones, or those that a killed run kept."""
-        if folder is not None:
-            abstract = self._abstract_state(members[0])
-            kept = kept_members.load_states(folder, members, self.num_steps, abstract)
-            if kept is not None and kept[2] % length == 0:
-                return kept
-        return self._start(keys, hparams), {}, 0
+    def _measure(self, states: TrainState) -> dict[str, np.ndarray]:
+        return {name: np.asarray(x)[:, None] for name, x in self._track(states.trainable).items()}
 
     @functools.cached_property
     def _start(self) -> Callable[..., TrainState]:
-        def start(keys: Array, hparams: Mapping[str, Array]) -> TrainState:
-            states = _each(self._how, lambda x: self.init(*x), (keys, hparams))
-            return dataclasses.replace(states, step=jnp.zeros((), jnp.int32))
+        def begin(keys: Array, hparams: Mapping[str, Array], start: Any) -> TrainState:
+            given = () if start is None else (start,)
+            states = _each(self._how, lambda x: self.init(*x, *given), (keys, hparams))
+            return dataclasses.replace(states, step=states.step[0])
 
-        return jax.jit(self._divided(start, (_members(), _members()), _STATE))
+        return jax.jit(self._divided(begin, (_members(), _members(), PartitionSpec()), _STATE))
 
     @functools.cached_property
     def _advance(self) -> Callable[..., tuple[TrainState, dict]]:
@@ -241,9 +279,14 @@ class Population:
 
     @functools.cached_property
     def _finish(self) -> Callable[[Any], dict]:
-        return jax.jit(
-            self._divided(lambda x: dict(_each(self._how, self.evaluate, x)), (_members(),), _members())
-        )
+        return self._evaluation(self.evaluate)
+
+    @functools.cached_property
+    def _track(self) -> Callable[[Any], dict]:
+        return self._evaluation(self.track)
+
+    def _evaluation(self, evaluate: Evaluation) -> Callable[[Any], dict]:
+        return jax.jit(self._divided(lambda x: dict(_each(self._how, evaluate, x)), (_members(),), _members()))
 
     def _divided(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
         if len(self.devices) < 2:
@@ -294,6 +337,11 @@ def _run(how: str, step: Step, sample: Sample, length: int, states: TrainState, 
 
     found, history = _each(how, one, (dataclasses.replace(states, step=None), data_keys))
     return dataclasses.replace(found, step=states.step + length), history
+
+
+def _member_state(states: TrainState, i: int) -> TrainState:
+    one = jax.tree.map(lambda x: x[i], dataclasses.replace(states, step=None))
+    return dataclasses.replace(one, step=states.step)
 
 
 def _results(results: dict[str, float], history: History, i: int) -> dict[str, float]:

@@ -50,5 +50,40 @@ def gradient_variance(
     return {path: (squares[path] - square(total[path]) / count) / (count - 1) for path in squares}
 
 
+def trajectory_curvature(
+    objective: Objective, before: Any, after: Any, batch: Mapping[str, Array], frozen: Any = None
+) -> dict[str, Float[Array, ""]]:
+    """The shape of the loss along the last update `v = after - before`, from the gradients on one batch at both ends.
+
+    `grad_norm`: at `after`. `cosine`: between both gradients. `slope`: `D1 = g(after) . v / |v|`. `second_derivative`:
+    `D2 = (g(after) - g(before)) . v / |v|^2`, for small updates `v^T H v / |v|^2`. `curvature`: of the loss as a curve,
+    `|D2| / (1 + D1^2)^1.5`. From MiniCPM (Hu et al. 2024, arXiv 2404.06395, section 4), where the curvature rises as
+    the rate decays. Traceable.
+    """
+    ctx = StepContext(frozen=frozen, key=jax.random.key(0))
+
+    def gradient(params: Any) -> Any:
+        totals = jax.lax.stop_gradient(objective.totals(params, batch, ctx))
+        return jax.grad(lambda p: objective.loss(p, batch, ctx, totals)[0])(params)
+
+    def dot(a: Any, b: Any) -> Array:
+        products = jax.tree.map(lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), a, b)
+        return sum(jax.tree.leaves(products))
+
+    old, new = gradient(before), gradient(after)
+    v = jax.tree.map(jnp.subtract, after, before)
+    length = jnp.sqrt(dot(v, v))
+    norms = jnp.sqrt(dot(old, old)), jnp.sqrt(dot(new, new))
+    slope = dot(new, v) / length
+    second = dot(jax.tree.map(jnp.subtract, new, old), v) / length**2
+    return {
+        "grad_norm": norms[1],
+        "cosine": dot(old, new) / (norms[0] * norms[1]),
+        "slope": slope,
+        "second_derivative": second,
+        "curvature": jnp.abs(second) / (1 + slope**2) ** 1.5,
+    }
+
+
 def _squares(square: Any) -> Any:
     return lambda tree: jax.tree.map(square, tree)

@@ -5,7 +5,7 @@ import pytest
 
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.data.packing import read_rows
-from jaxlm.data.resident import ResidentRows, resident_rows
+from jaxlm.data.resident import ResidentRows, mix_rows, resident_rows, switch_samples
 from jaxlm.data.sources import Document
 from jaxlm.data.store import build_store
 from jaxlm.data.tokenizers import ByteTokenizer
@@ -49,3 +49,25 @@ def test_rows_are_those_of_the_store(tmp_path):
     for name, x in read_rows(store, 0, np.arange(3), 16).items():
         if name in rows.arrays:
             np.testing.assert_array_equal(rows.arrays[name], x)
+
+
+def test_mixed_batches_have_their_shares_and_every_row_comes_once_an_epoch():
+    parts = [ResidentRows({"x": jnp.arange(8)}), ResidentRows({"x": 100 + jnp.arange(4)})]
+    sample = jax.jit(mix_rows(parts, (4, 2)))
+    batches = [np.asarray(sample(jax.random.key(0), jnp.int32(i))["x"]) for i in range(2)]
+    assert all((batch >= 100).sum() == 2 for batch in batches)
+    assert sorted(np.concatenate(batches).tolist()) == [*range(8), 100, 101, 102, 103]
+    assert mix_rows(parts, (4, 0))(jax.random.key(0), jnp.int32(0))["x"].shape == (4,)
+    for counts in ((4,), (4, -1), (0, 0)):
+        with pytest.raises(ConfigError, match="one >= 0 each, not all 0"):
+            mix_rows(parts, counts)
+
+
+def test_stages_follow_each_other():
+    low, high = (mix_rows([ResidentRows({"x": start + jnp.arange(8)})], (2,)) for start in (0, 100))
+    sample = jax.jit(switch_samples([(0, low), (3, high)]))
+    found = [int(sample(jax.random.key(0), jnp.int32(i))["x"].min()) >= 100 for i in range(5)]
+    assert found == [False, False, False, True, True]
+    for stages in ([(1, low)], [(0, low), (0, high)], []):
+        with pytest.raises(ConfigError, match="0 first and then later ones"):
+            switch_samples(stages)

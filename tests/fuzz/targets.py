@@ -629,14 +629,23 @@ def read_data_state(data: bytes, folder: Path) -> None:
 
 @functools.cache
 def _outcome() -> tuple[Any, Path]:
-    from jaxlm.training import kept_members
     from jaxlm.training.populations import Member, Outcome
 
     member = Member("slow", 0, {"learning_rate": 0.5})
     params = {"a": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float32)}
     folder = home() / "members"
-    kept_members.save(folder, Outcome(member, {"loss": np.ones(3, np.float32)}, {"loss": 1.0}, 0.5, params), 3)
+    kept_folder(folder).save(Outcome(member, {"loss": np.ones(3, np.float32)}, {"loss": 1.0}, 0.5, params))
     return member, folder
+
+
+def kept_folder(folder: Path) -> Any:
+    """What is kept of members with two arrays and three steps."""
+    import jax
+
+    from jaxlm.training import TrainState, kept_members
+
+    params = {"a": jax.ShapeDtypeStruct((2, 3), np.float32), "b": jax.ShapeDtypeStruct((2,), np.float32)}
+    return kept_members.Folder(folder, {"num_steps": 3}, TrainState(None, params, None, None, None, None))
 
 
 def _outcomes() -> st.SearchStrategy[tuple[str, bytes]]:
@@ -648,16 +657,11 @@ def _outcomes() -> st.SearchStrategy[tuple[str, bytes]]:
 
 
 def read_outcome(case: tuple[str, bytes], folder: Path) -> None:
-    import jax
-
-    from jaxlm.training import kept_members
-
     member, whole = _outcome()
     for name in ("slow.json", "slow.npz"):
         put(folder, name, (whole / name).read_bytes())
     put(folder, *case)
-    abstract = {"a": jax.ShapeDtypeStruct((2, 3), np.float32), "b": jax.ShapeDtypeStruct((2,), np.float32)}
-    kept_members.load(folder, member, 3, abstract)
+    kept_folder(folder).load(member, params=True, state=False)
 
 
 # The command line.

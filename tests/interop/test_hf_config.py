@@ -360,6 +360,8 @@ def test_a_key_may_be_ignored_by_name():
         ("llama", {"norm": "layer"}, "norm 'rms', not 'layer'"),
         ("llama", {"rope_fraction": 0.5}, "rope_fraction 8, not 4"),
         ("llama", {"out_bias": True}, "out_bias False, not True"),
+        ("llama", {"residual_scale": 0.5}, "residual_scale None, not 0.5"),
+        ("llama", {"logit_scale": 0.5}, "logit_scale None, not 0.5"),
         ("gpt2", {"position": "none"}, "position"),
         ("gpt2", {"num_kv_heads": 2}, "num_kv_heads 4, not 2"),
         ("gemma2", {"attention_scale": 0.333}, "attention_scale"),

@@ -6,8 +6,9 @@ import pytest
 from jaxlm.core import trees
 from jaxlm.core.errors import ConfigError
 from jaxlm.objectives import CausalLM
+from jaxlm.objectives.base import Aux
 from jaxlm.testing import tiny_decoder
-from jaxlm.training.probes import gradient_variance
+from jaxlm.training.probes import gradient_variance, trajectory_curvature
 
 
 def test_variance_is_that_of_gradients_taken_one_by_one():
@@ -35,3 +36,36 @@ def test_one_batch_has_no_variance():
     model, params = tiny_decoder("llama")
     with pytest.raises(ConfigError, match="1 batches"):
         gradient_variance(CausalLM(model), params, {"inputs": jnp.zeros((1, 2, 8), jnp.int32)})
+
+
+class Bowl:
+    """`p^T H p / 2` of parameters in two leaves: its derivatives are known."""
+
+    hessian = np.diag([1.0, 4.0, 9.0]) + 0.5
+
+    def totals(self, params, batch, ctx):
+        return {}
+
+    def loss(self, params, batch, ctx, totals):
+        p = jnp.concatenate([params["a"], params["b"]])
+        return 0.5 * p @ jnp.asarray(self.hessian) @ p, Aux()
+
+
+def test_curvature_along_an_update_of_a_quadratic():
+    before, v = np.array([1.0, -2.0, 0.5]), np.array([0.3, 0.1, -0.2])
+
+    def tree(x):
+        return {"a": jnp.asarray(x[:1], jnp.float32), "b": jnp.asarray(x[1:], jnp.float32)}
+
+    found = jax.jit(lambda x, y: trajectory_curvature(Bowl(), x, y, {}))(tree(before), tree(before + v))
+    old, new = Bowl.hessian @ before, Bowl.hessian @ (before + v)
+    slope = new @ v / np.linalg.norm(v)
+    second = v @ Bowl.hessian @ v / (v @ v)
+    expected = {
+        "grad_norm": np.linalg.norm(new),
+        "cosine": old @ new / np.linalg.norm(old) / np.linalg.norm(new),
+        "slope": slope,
+        "second_derivative": second,
+        "curvature": second / (1 + slope**2) ** 1.5,
+    }
+    assert {name: float(x) for name, x in found.items()} == pytest.approx(expected, rel=1e-4)
