@@ -80,7 +80,11 @@ class PrecisionPolicy:
             number_format(value)
         if self.master not in ("float32", self.weights):
             raise ConfigError(f"master is '{self.master}': expected float32 or the weights' own '{self.weights}'")
-        number_format(self.optimizer_state)
+        if self.optimizer_state not in ("float32", "bfloat16"):
+            raise ConfigError(
+                f"optimizer_state of a policy is '{self.optimizer_state}', expected float32 or bfloat16 "
+                "(for 8 bits: optimizer adamw_8bit)"
+            )
         for name, valid in (("rounding", ROUNDINGS), ("implementation", IMPLEMENTATIONS)):
             value = getattr(self, name)
             if value not in valid:
@@ -138,7 +142,7 @@ class PrecisionConfig:
     implementation: str = "auto"
     """`native`, `emulated`, or `auto`: native where the hardware has the format."""
     optimizer_state: str | None = None
-    """Format of the optimizer's moments between steps, `e4m3` or `bfloat16` say; by default the policy's (float32)."""
+    """Format of the optimizer's moments between steps, `float32` or `bfloat16`; by default the policy's."""
     communication: str | None = None
     """Format of the gradients that devices add up, `int8` or `e4m3` say, a scale for each 128 (mesh.data alone)."""
 

@@ -3,6 +3,7 @@
 from jaxlm.training.callbacks import Evaluate, Log, Profile, Save
 from jaxlm.training.checkpoints import Checkpoints, Restored, load_meta, load_params
 from jaxlm.training.loop import Callback, Interrupted, fit
+from jaxlm.training.low_precision import LowPrecisionObjective, Recipe, low_precision
 from jaxlm.training.populations import Member, Outcome, Population
 from jaxlm.training.program import Program
 from jaxlm.training.runs import Run, exclusive, keep_tokenizer, load_run
@@ -16,11 +17,13 @@ __all__ = [
     "Evaluate",
     "Gradients",
     "Log",
+    "LowPrecisionObjective",
     "Member",
     "Outcome",
     "Population",
     "Profile",
     "Program",
+    "Recipe",
     "Run",
     "Save",
     "Interrupted",
@@ -35,6 +38,7 @@ __all__ = [
     "load_meta",
     "load_params",
     "load_run",
+    "low_precision",
     "make_step",
     "state_shardings",
     "train_in_folder",

@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 from jaxlm.core import sharding, trees
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.keys import fold
+from jaxlm.core.policies import PrecisionPolicy
 from jaxlm.objectives.base import Objective
+from jaxlm.training.low_precision import Recipe, low_precision
 from jaxlm.training.state import TrainState, init_state, state_shardings
 from jaxlm.training.step import Build, Metrics, accumulate, make_step
 
@@ -24,7 +26,8 @@ class Program:
 
     `model` needs `init(key) -> {"params": ...}`, `axes()`, `abstract_params()` and `config.sharding_rules(mesh)`. All
     its parameters are trained from scratch, or `start`: what is trained of parameters that exist (`None` where a leaf
-    is frozen), placed on the mesh. `build` makes the parameters of it and of the step's `frozen` argument.
+    is frozen), placed on the mesh. `build` makes the parameters of it and of the step's `frozen` argument. Products,
+    weights and optimizer state are as `policy` says; `recipe` holds objective and optimizer as fitted to it.
     """
 
     model: Any
@@ -34,6 +37,12 @@ class Program:
     micro_batches: int = 1
     start: Any = None
     build: Build = trees.merge
+    policy: PrecisionPolicy = PrecisionPolicy()
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        with sharding.use_mesh(self.mesh, self.rules):
+            return low_precision(self.objective, self.tx, self.policy, self.model.axes())
 
     @functools.cached_property
     def rules(self) -> Mapping[str, Any]:
@@ -63,7 +72,8 @@ class Program:
     def step(self) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
         """The compiled step; it donates the state it is given."""
         gradients = functools.partial(accumulate, micro_batches=self.micro_batches)
-        step = make_step(self.objective, self.tx, build=self.build, gradients=gradients)
+        parts = {"build": self.build, "gradients": gradients, "apply_updates": self.recipe.apply_updates}
+        step = make_step(self.recipe.objective, self.recipe.tx, **parts)
         return self.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def jit(self, function: Callable, **options: Any) -> Callable:
@@ -96,4 +106,5 @@ class Program:
 
     def _fresh(self, key: jax.Array, start: Any) -> TrainState:
         params = self.model.init(fold(key, "init"))["params"] if start is None else start
-        return init_state(params, self.tx, fold(key, "train"))
+        params = self.recipe.prepare(params)
+        return init_state(params, self.recipe.tx, fold(key, "train"), extra=self.recipe.extra(params))

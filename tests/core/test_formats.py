@@ -31,7 +31,7 @@ def all_values(name):
 
 
 def points(name):
-    """Random float32 of every size, all values of a format, and the ties between neighbors with what is next to them."""
+    """Random float32 of every size, all values of a format, ties between neighbors and what is next to those."""
     rng = np.random.default_rng(0)
     anything = rng.integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
     near = rng.normal(size=20_000).astype(np.float32) * np.exp2(rng.integers(-20, 20, 20_000)).astype(np.float32)
