@@ -106,6 +106,11 @@ class PrecisionPolicy:
         return all(p.is_plain for p in self.products) and self.weights == self.master
 
     @property
+    def is_for_inference(self) -> bool:
+        """Whether the forward product's rounding is meant to stay after training: its gradient is straight-through."""
+        return not self.forward.is_plain and self.wgrad.lhs is None
+
+    @property
     def is_random(self) -> bool:
         """Whether products need a random key."""
         return any(p.hadamard or any(q.rounding == "stochastic" for q in p.operands) for p in self.products)

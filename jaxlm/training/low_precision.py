@@ -45,13 +45,20 @@ class Recipe:
     prepare: Callable[[Any], Any]
     extra: Callable[[Any], Any]
 
+    def served(self, params: Any) -> Any:
+        """The parameters as inference has them: under the policy if that is what the model was trained for."""
+        return self.objective.evaluated(params) if self.policy.is_for_inference else params
+
+
+def kernels_under_policy(axes: Any) -> tuple[str, ...]:
+    """The paths of the kernels that a policy holds for: those of role `matrix`, the projections of blocks."""
+    return tuple(path for path, role in named_leaves(roles.roles(axes)) if role == "matrix")
+
 
 def low_precision(
     objective: Objective, tx: optax.GradientTransformation, policy: PrecisionPolicy, axes: Any
 ) -> Recipe:
     """A step's parts under a policy; under `float32` they are those given.
-
-    The policy holds for the kernels of role `matrix` (the projections of blocks).
 
     Raises:
       ConfigError: no such kernel, or native products that the ambient platform does not have.
@@ -59,7 +66,7 @@ def low_precision(
     require_native(policy)
     extra: Callable[[Any], Any] = lambda params: None  # noqa: E731
     if not policy.is_plain or policy.loss_scaling:
-        kernels = tuple(path for path, role in named_leaves(roles.roles(axes)) if role == "matrix")
+        kernels = kernels_under_policy(axes)
         if not kernels:
             raise ConfigError(f"precision policy '{policy.name}': there is no kernel of role 'matrix'")
         objective = LowPrecisionObjective(objective, policy, kernels)
