@@ -149,7 +149,8 @@ class PrecisionConfig:
     optimizer_state: str | None = None
     """Format of the optimizer's moments between steps, `float32` or `bfloat16`; by default the policy's."""
     communication: str | None = None
-    """Format of the gradients that devices add up, `int8` or `e4m3` say, a scale for each 128 (mesh.data alone)."""
+    """Format of the gradients that devices add up: `int8` or `e4m3` with a scale for each 128 of them, or `bfloat16`.
+    For meshes that have `data` alone."""
 
     def __post_init__(self):
         self.policy()
@@ -160,7 +161,8 @@ class PrecisionConfig:
         if self.optimizer_state is not None:
             policy = dataclasses.replace(policy, optimizer_state=self.optimizer_state)
         if self.communication is not None:
-            policy = dataclasses.replace(policy, communication=Quantizer(self.communication, (1, 128)))
+            block = None if self.communication in STORED else (1, 128)  # What has float32's range needs no scale.
+            policy = dataclasses.replace(policy, communication=Quantizer(self.communication, block))
         return policy
 
 

@@ -168,7 +168,8 @@ def _run(init, step, sample, evaluate, num_steps: int, keys, hparams, frozen, *,
     if mapped:
         history = {name: jnp.swapaxes(x, 0, 1) for name, x in history.items()}
     results = {} if evaluate is None else dict(evaluate(states.trainable))
-    if "skipped" in history:  # Steps that were not finite are left out: what the others led to is no result.
+    # Steps that were not finite are left out: what the others led to is no result, unless a loss scale seeks its size.
+    if "skipped" in history and "loss_scale" not in history:
         diverged = jnp.any(history["skipped"] > 0, axis=-1)
         results = {name: jnp.where(diverged, jnp.nan, x) for name, x in results.items()}
     return states.trainable, history, results

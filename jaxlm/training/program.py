@@ -15,6 +15,7 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.core.keys import fold
 from jaxlm.core.policies import PrecisionPolicy
 from jaxlm.objectives.base import Objective
+from jaxlm.training.communication import accumulate_in_few_bits, require_data_parallel
 from jaxlm.training.low_precision import Recipe, low_precision
 from jaxlm.training.state import TrainState, init_state, state_shardings
 from jaxlm.training.step import Build, Metrics, accumulate, make_step
@@ -41,6 +42,8 @@ class Program:
 
     @functools.cached_property
     def recipe(self) -> Recipe:
+        if self.policy.communication is not None:
+            require_data_parallel(self.mesh)
         with sharding.use_mesh(self.mesh, self.rules):
             return low_precision(self.objective, self.tx, self.policy, self.model.axes())
 
@@ -51,7 +54,7 @@ class Program:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """The state's shapes, with the shardings it has on the mesh: what a checkpoint is restored to."""
-        shapes = jax.eval_shape(self._fresh, jax.random.key(0), self.start)
+        shapes = jax.eval_shape(functools.partial(self._fresh, self.recipe), jax.random.key(0), self.start)
         if self.start is None:
             placed = sharding.shardings(self.mesh, self.model.axes(), self.model.abstract_params(), self.rules)
         else:
@@ -65,13 +68,17 @@ class Program:
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step, created in place; the same on every mesh, up to the last bit."""
+        fresh = functools.partial(self._fresh, self.recipe)
         with sharding.use_mesh(self.mesh, self.rules):
-            return jax.jit(self._fresh, out_shardings=self.shardings)(jax.random.key(seed), self.start)
+            return jax.jit(fresh, out_shardings=self.shardings)(jax.random.key(seed), self.start)
 
     @functools.cached_property
     def step(self) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
         """The compiled step; it donates the state it is given."""
         gradients = functools.partial(accumulate, micro_batches=self.micro_batches)
+        if self.policy.communication is not None:
+            sent = {"quantizer": self.policy.communication, "micro_batches": self.micro_batches}
+            gradients = functools.partial(accumulate_in_few_bits, **sent)
         parts = {"build": self.build, "gradients": gradients, "apply_updates": self.recipe.apply_updates}
         step = make_step(self.recipe.objective, self.recipe.tx, **parts)
         return self.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
@@ -104,7 +111,7 @@ class Program:
                 "micro-batches"
             )
 
-    def _fresh(self, key: jax.Array, start: Any) -> TrainState:
+    def _fresh(self, recipe: Recipe, key: jax.Array, start: Any) -> TrainState:
         params = self.model.init(fold(key, "init"))["params"] if start is None else start
-        params = self.recipe.prepare(params)
-        return init_state(params, self.recipe.tx, fold(key, "train"), extra=self.recipe.extra(params))
+        params = recipe.prepare(params)
+        return init_state(params, recipe.tx, fold(key, "train"), extra=recipe.extra(params))
