@@ -44,8 +44,9 @@ class Program:
     def recipe(self) -> Recipe:
         if self.policy.communication is not None:
             require_data_parallel(self.mesh)
+        axes = self.model.axes()  # Computes something: the mesh may be one that is not here.
         with sharding.use_mesh(self.mesh, self.rules):
-            return low_precision(self.objective, self.tx, self.policy, self.model.axes())
+            return low_precision(self.objective, self.tx, self.policy, axes)
 
     @functools.cached_property
     def rules(self) -> Mapping[str, Any]:

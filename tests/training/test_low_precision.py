@@ -1,5 +1,6 @@
 """Training steps under precision policies: near float32's, on meshes, in populations, over micro-batches, resumed."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,7 @@ from jaxlm.core.formats import number_format
 from jaxlm.core.policies import POLICIES, PrecisionConfig, PrecisionPolicy, precision_policy
 from jaxlm.core.sharding import MeshConfig, make_mesh
 from jaxlm.models import Decoder
-from jaxlm.objectives import CausalLM
+from jaxlm.objectives import CausalLM, StepContext
 from jaxlm.optim import OptimizerConfig, adamw
 from jaxlm.testing import tiny_config
 from jaxlm.training import (
@@ -30,7 +31,7 @@ from jaxlm.training import (
 MODEL = Decoder(tiny_config("llama", num_layers=2))
 NEAR = {"bitnet": 0.75, "qat_w4a8": 0.35, "mxfp4": 0.5, "mxfp4_stochastic": 0.6, "nvfp4": 0.5}
 SLOW = pytest.mark.slow
-QUICK = {"float16", "fp8_delayed", "mxfp4_stochastic", "bf16_weights_stochastic", "int8_switchback"}
+QUICK = {"fp8_delayed", "mxfp4_stochastic"}
 
 
 def every_policy():
@@ -72,12 +73,11 @@ def plain():
 def test_gradients_are_near_float32s_and_steps_lower_the_loss(name, plain):
     found = recipe(name)
     state = start(found)
-    for _ in range(2):  # delayed scaling has seen nothing before the first
-        flat, _ = jax.jit(functools.partial(gradient, found))(state)
-        state_after, metrics = (step := compiled(found))(state, None, batch())
-        if name != "fp8_delayed" or int(state.step) == 1:
-            break
-        state = type(state)(state_after.step, state.trainable, state.opt_state, state_after.extra, state.key, {})
+    step = compiled(found)
+    state_after, metrics = step(state, None, batch())
+    if found.policy.history:  # Before the first step it has seen nothing.
+        state = dataclasses.replace(state, extra=state_after.extra)
+    flat, _ = jax.jit(functools.partial(gradient, found))(state)
     error = float(jnp.linalg.norm(flat - plain[0]) / jnp.linalg.norm(plain[0]))
     assert error < NEAR.get(name, 0.15)
     assert float(metrics["skipped"][0]) == 0
@@ -98,8 +98,6 @@ def test_float32_is_the_step_without_a_policy():
 
 
 def delayed(history=3):
-    import dataclasses
-
     def shorter(q):
         return dataclasses.replace(q, history=history)
 
@@ -140,8 +138,6 @@ def test_micro_batches_record_the_largest_of_all():
 
 
 def test_a_step_that_is_not_finite_leaves_scaling_as_it_was_and_halves_the_loss_scale():
-    import dataclasses
-
     found = recipe(dataclasses.replace(delayed(), loss_scaling=True))
     state, metrics = compiled(found)(start(found), None, batch())
     bad = {**batch(), "loss_weights": np.full((8, 16), np.inf, np.float32)}
@@ -154,22 +150,15 @@ def test_a_step_that_is_not_finite_leaves_scaling_as_it_was_and_halves_the_loss_
 
 
 def test_the_loss_scale_keeps_small_float16_gradients_and_changes_nothing_else():
-    import dataclasses
-
     losses = {}
     for scaled in (True, False):
         found = recipe(dataclasses.replace(precision_policy("float16"), loss_scaling=scaled))
         state = start(found)
-        small = {**batch(), "loss_weights": np.ones((8, 16), np.float32)}
 
-        def faint(params, found=found, state=state, small=small):
-            ctx = type("C", (), {})
-            del ctx
-            from jaxlm.objectives import StepContext
-
+        def faint(params, found=found, state=state):
             context = StepContext(None, state.extra, 0, jax.random.key(0), {}, found.objective.meters(state.extra))
             totals = {"tokens": jnp.float32(1e7)}  # a piece of a very large batch: gradients below float16's range
-            return found.objective.loss(params, small, context, totals)[0]
+            return found.objective.loss(params, batch(), context, totals)[0]
 
         losses[scaled] = jax.jit(jax.value_and_grad(faint))(state.trainable)
     assert float(losses[True][0]) == float(losses[False][0])
@@ -184,9 +173,8 @@ def test_resume_is_exact_under_delayed_scaling(tmp_path):
     states = [start(found)]
     for i in range(4):
         states.append(step(states[-1], None, batch(i))[0])
-    with_key = lambda s: type(s)(s.step, s.trainable, s.opt_state, s.extra, s.key, s.hparams)  # noqa: E731
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(2, with_key(states[2]), {})
+    checkpoints.save(2, states[2], {})
     checkpoints.wait()
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), states[2])
