@@ -21,6 +21,7 @@ from typing import Any
 from experiments import runner
 from jaxlm.core.configs import to_dict
 from jaxlm.core.errors import CheckpointError, ConfigError
+from jaxlm.core.policies import STORED, PrecisionConfig
 from jaxlm.core.precision import BFLOAT16
 from jaxlm.core.sharding import MeshConfig
 from jaxlm.data.prepare import DataConfig, Prepared, mixture_weights, prepare_data
@@ -37,6 +38,7 @@ class Config:
     model: DecoderConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     mesh: MeshConfig = MeshConfig()
     steps: int = 200
     batch_size: int = 16
@@ -98,12 +100,13 @@ SMOKE = dataclasses.replace(
 
 def _accelerator(name: str, mesh: MeshConfig, *, batch: int, length: int, steps: int, rate: float, **more) -> Config:
     """A published model in bfloat16 activations on an accelerator mesh; `more` replaces fields."""
-    remat, micro = more.pop("remat", "full"), more.pop("micro_batches", 1)
+    remat, micro, precision = more.pop("remat", "full"), more.pop("micro_batches", 1), more.pop("precision", "float32")
     model = model_preset(name, precision=BFLOAT16, remat=remat, max_length=length)
     return Config(
         model=model,
         data=DataConfig(vocab_size=model.vocab_size, sequence_length=length),
         optimizer=OptimizerConfig(learning_rate=rate, warmup=0.01, decay=0.1, end_fraction=0.0),
+        precision=PrecisionConfig(precision),
         mesh=mesh,
         steps=steps,
         batch_size=batch,
@@ -144,7 +147,16 @@ PRESETS: Mapping[str, Config] = {
     "llama_1b_h200": _accelerator(
         "llama-1b", MeshConfig(), batch=512, length=2048, steps=100_000, rate=1e-3, micro_batches=32
     ),
-}
+    # The same in 8 bits: projections in FP8 on an H200 (delayed scaling), in int8 on TPU v5e-64 (SwitchBack).
+    "llama_1b_fp8_h200": _accelerator(
+        "llama-1b", MeshConfig(), batch=512, length=2048, steps=100_000, rate=1e-3, micro_batches=32,
+        precision="fp8_delayed",
+    ),
+    "llama_1b_int8": _accelerator(
+        "llama-1b", MeshConfig(data=1, fsdp=64), batch=512, length=2048, steps=100_000, rate=1e-3, micro_batches=2,
+        precision="int8_switchback",
+    ),
+}  # fmt: skip
 
 
 TOPOLOGIES: Mapping[str, str] = {
@@ -153,6 +165,8 @@ TOPOLOGIES: Mapping[str, str] = {
     "llama_7b": "v5e:16x16",
     "smollm2_135m_h200": "h200",
     "llama_1b_h200": "h200",
+    "llama_1b_fp8_h200": "h200",
+    "llama_1b_int8": "v5e:8x8",
 }
 """The machine that each accelerator preset is for: `python -m experiments.plan --preset NAME` compiles it for that."""
 
@@ -164,12 +178,19 @@ def make_program(config: Config, devices: Any = None) -> Any:
     from jaxlm.objectives import CausalLM
     from jaxlm.training import Program
 
-    model = Decoder(config.model)
+    policy, model_config = config.precision.policy(), config.model
+    if policy.master in STORED:  # Parameters are in that format from the start, and so in checkpoints.
+        params = model_config.precision.params if policy.master == "float32" else policy.master
+        precision = dataclasses.replace(model_config.precision, params=params)
+        model_config = dataclasses.replace(model_config, precision=precision)
+    model = Decoder(model_config)
     tx = config.optimizer.make(config.steps, model.axes())
     objective = CausalLM(model, z_loss=config.z_loss)
-    program = Program(model, objective, tx, make_mesh(config.mesh, devices), config.micro_batches)
+    mesh = make_mesh(config.mesh, devices)
+    program = Program(model, objective, tx, mesh, config.micro_batches, policy=policy)
     program.check_batch(config.batch_size)
     model.config.sharding_rules(program.mesh)
+    _ = program.recipe  # a policy that the devices cannot follow is refused here
     return program
 
 
@@ -202,7 +223,7 @@ def _train(config: Config, out: Path) -> Report:
             batches,
             steps=config.steps,
             seed=config.seed,
-            meta=meta(config, data),
+            meta=meta(config, program, data),
             learning_rate=config.optimizer.schedule(config.steps),
             evaluate=make_evaluation(config, program, data),
             evaluate_every=config.evaluate_every,
@@ -255,9 +276,14 @@ def check_vocabulary(config: Config, data: Prepared) -> None:
         )
 
 
-def meta(config: Config, data: Prepared) -> dict[str, Any]:
+def meta(config: Config, program: Any, data: Prepared) -> dict[str, Any]:
     """What a checkpoint holds beside the state and the place in the data, to use the model without this module."""
-    return {"model": to_dict(config.model), "config": to_dict(config), "tokenizer": data.tokenizer.fingerprint}
+    return {
+        "model": to_dict(program.model.config),
+        "precision": to_dict(config.precision),
+        "config": to_dict(config),
+        "tokenizer": data.tokenizer.fingerprint,
+    }
 
 
 def make_evaluation(config: Config, program: Any, data: Prepared) -> Any:
@@ -270,7 +296,7 @@ def make_evaluation(config: Config, program: Any, data: Prepared) -> Any:
 
     lengths = token_byte_lengths(data.tokenizer)
     lengths = np.pad(lengths, (0, config.model.vocab_size - len(lengths)))
-    sums = program.jit(make_sums(program.objective, lengths))
+    sums = program.jit(make_sums(program.recipe.objective, lengths))
     process_index, process_count = program.data_share
 
     def evaluate(params: Any) -> dict[str, float]:
@@ -302,6 +328,7 @@ def write_samples(config: Config, program: Any, params: Any, data: Prepared) -> 
         return ()
     settings = GenerationConfig(max_new_tokens=config.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)
     with sharding.use_mesh(program.mesh, program.rules):
+        params = program.recipe.served(params)
         completions = generate_text(
             DecoderStepper(program.model), params, data.tokenizer, list(config.prompts), settings
         )

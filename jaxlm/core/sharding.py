@@ -124,6 +124,17 @@ def use_mesh(mesh: Mesh, rules: Rules | None = None):
         _ambient.reset(token)
 
 
+@contextlib.contextmanager
+def one_device():
+    """Traces what is inside for one device of the ambient mesh, as in `jax.shard_map`: nothing is constrained."""
+    ambient = _ambient.get()
+    token = _ambient.set(dataclasses.replace(ambient, axis_sizes=_NO_MESH.axis_sizes))
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
+
+
 def platform() -> str:
     """The platform (`cpu`, `gpu`, `tpu`) that is compiled for: that of the mesh, else JAX's default backend."""
     name = _ambient.get().platform or jax.default_backend()

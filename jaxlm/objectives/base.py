@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 PyTree = Any
 Batch = Mapping[str, Array]
@@ -22,7 +22,7 @@ class StepContext:
     """What an objective gets beside parameters and data.
 
     `frozen`: arrays that are neither trained nor changed (base, teacher, reference). `extra`: what a method owns and
-    changes. `key`: of this step and micro-batch. `hparams`: numbers that a sweep varies.
+    changes. `key`: of this step and micro-batch. `hparams`: numbers that a sweep varies. `meters`: of an `Observer`.
     """
 
     frozen: PyTree = None
@@ -30,6 +30,7 @@ class StepContext:
     step: Int[Array, ""] | int = 0
     key: jax.Array | None = None
     hparams: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    meters: PyTree = None
 
 
 @jax.tree_util.register_dataclass
@@ -53,3 +54,17 @@ class Objective(Protocol):
 
     def loss(self, params: PyTree, batch: Batch, ctx: StepContext, totals: PyTree) -> tuple[Float[Array, ""], Aux]:
         """This piece's share of the loss of the whole batch, of which `totals` are the sums."""
+
+
+class Observer(Objective, Protocol):
+    """An objective that learns something from every step, its backward pass included.
+
+    A meter is an array of zeros whose gradient is a reading: an op with a derivative of its own returns there what it
+    saw. Readings are not negative; over micro-batches the largest counts. They reach no optimizer.
+    """
+
+    def meters(self, extra: PyTree) -> PyTree:
+        """Zeros, found again in `ctx.meters`; `None` for none."""
+
+    def observe(self, extra: PyTree, measured: PyTree, finite: Bool[Array, ""]) -> PyTree:
+        """The new `extra`, once a step, also of one that is skipped because loss or gradient are not `finite`."""

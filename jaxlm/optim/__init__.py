@@ -16,6 +16,7 @@ from jaxlm.optim.fisher import natural_gradient, scale_by_empirical_fisher
 from jaxlm.optim.galore import fira, galore, natural_galore, scale_by_fira, scale_by_galore
 from jaxlm.optim.learning_rate import FromHparams, LearningRate, ScheduleFromHparams, scale_by_learning_rate
 from jaxlm.optim.limiters import limit_norm_growth
+from jaxlm.optim.low_precision import apply_rounded_updates, keep_state_in
 from jaxlm.optim.memory import model_bytes, state_bytes
 from jaxlm.optim.normalized import (
     normalize_gradients,
@@ -47,12 +48,14 @@ __all__ = [
     "adamw_8bit",
     "apollo",
     "apollo_mini",
+    "apply_rounded_updates",
     "cast",
     "decay_budget",
     "dequantize_blocks",
     "dynamic_code_book",
     "fira",
     "galore",
+    "keep_state_in",
     "limit_norm_growth",
     "model_bytes",
     "muon",

@@ -4,6 +4,7 @@ from jaxlm.training.callbacks import Evaluate, Log, Profile, Save
 from jaxlm.training.checkpoints import Checkpoints, Restored, load_meta, load_params
 from jaxlm.training.continuation import continue_state
 from jaxlm.training.loop import Callback, Interrupted, fit
+from jaxlm.training.low_precision import LowPrecisionObjective, Recipe, low_precision
 from jaxlm.training.populations import Member, Outcome, Population
 from jaxlm.training.program import Program
 from jaxlm.training.restarts import change_every
@@ -19,11 +20,13 @@ __all__ = [
     "Evaluate",
     "Gradients",
     "Log",
+    "LowPrecisionObjective",
     "Member",
     "Outcome",
     "Population",
     "Profile",
     "Program",
+    "Recipe",
     "Run",
     "Sweep",
     "Save",
@@ -43,6 +46,7 @@ __all__ = [
     "load_meta",
     "load_params",
     "load_run",
+    "low_precision",
     "make_step",
     "random_points",
     "state_shardings",

@@ -345,8 +345,9 @@ def _member_state(states: TrainState, i: int) -> TrainState:
 
 
 def _results(results: dict[str, float], history: History, i: int) -> dict[str, float]:
-    """Steps that were not finite are left out: what the others led to is no result."""
-    diverged = "skipped" in history and bool((history["skipped"][i] > 0).any())
+    """Steps that were not finite are left out: what the others led to is no result, unless a loss scale seeks its
+    size."""
+    diverged = "skipped" in history and "loss_scale" not in history and bool((history["skipped"][i] > 0).any())
     return dict.fromkeys(results, math.nan) if diverged else results
 
 

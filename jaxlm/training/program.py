@@ -13,7 +13,10 @@ from jax.sharding import Mesh
 from jaxlm.core import sharding, trees
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.keys import fold
+from jaxlm.core.policies import PrecisionPolicy
 from jaxlm.objectives.base import Objective
+from jaxlm.training.communication import accumulate_in_few_bits, require_data_parallel
+from jaxlm.training.low_precision import Recipe, low_precision
 from jaxlm.training.state import TrainState, init_state, state_shardings
 from jaxlm.training.step import Build, Metrics, accumulate, make_step
 
@@ -24,7 +27,8 @@ class Program:
 
     `model` needs `init(key) -> {"params": ...}`, `axes()`, `abstract_params()` and `config.sharding_rules(mesh)`. All
     its parameters are trained from scratch, or `start`: what is trained of parameters that exist (`None` where a leaf
-    is frozen), placed on the mesh. `build` makes the parameters of it and of the step's `frozen` argument.
+    is frozen), placed on the mesh. `build` makes the parameters of it and of the step's `frozen` argument. Products,
+    weights and optimizer state are as `policy` says; `recipe` holds objective and optimizer as fitted to it.
     """
 
     model: Any
@@ -34,6 +38,15 @@ class Program:
     micro_batches: int = 1
     start: Any = None
     build: Build = trees.merge
+    policy: PrecisionPolicy = PrecisionPolicy()
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        if self.policy.communication is not None:
+            require_data_parallel(self.mesh)
+        axes = self.model.axes()  # Computes something: the mesh may be one that is not here.
+        with sharding.use_mesh(self.mesh, self.rules):
+            return low_precision(self.objective, self.tx, self.policy, axes)
 
     @functools.cached_property
     def rules(self) -> Mapping[str, Any]:
@@ -42,7 +55,7 @@ class Program:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """The state's shapes, with the shardings it has on the mesh: what a checkpoint is restored to."""
-        shapes = jax.eval_shape(self._fresh, jax.random.key(0), self.start)
+        shapes = jax.eval_shape(functools.partial(self._fresh, self.recipe), jax.random.key(0), self.start)
         if self.start is None:
             placed = sharding.shardings(self.mesh, self.model.axes(), self.model.abstract_params(), self.rules)
         else:
@@ -56,14 +69,19 @@ class Program:
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step, created in place; the same on every mesh, up to the last bit."""
+        fresh = functools.partial(self._fresh, self.recipe)
         with sharding.use_mesh(self.mesh, self.rules):
-            return jax.jit(self._fresh, out_shardings=self.shardings)(jax.random.key(seed), self.start)
+            return jax.jit(fresh, out_shardings=self.shardings)(jax.random.key(seed), self.start)
 
     @functools.cached_property
     def step(self) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
         """The compiled step; it donates the state it is given."""
         gradients = functools.partial(accumulate, micro_batches=self.micro_batches)
-        step = make_step(self.objective, self.tx, build=self.build, gradients=gradients)
+        if self.policy.communication is not None:
+            sent = {"quantizer": self.policy.communication, "micro_batches": self.micro_batches}
+            gradients = functools.partial(accumulate_in_few_bits, **sent)
+        parts = {"build": self.build, "gradients": gradients, "apply_updates": self.recipe.apply_updates}
+        step = make_step(self.recipe.objective, self.recipe.tx, **parts)
         return self.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def jit(self, function: Callable, **options: Any) -> Callable:
@@ -99,6 +117,7 @@ class Program:
                 "micro-batches"
             )
 
-    def _fresh(self, key: jax.Array, start: Any) -> TrainState:
+    def _fresh(self, recipe: Recipe, key: jax.Array, start: Any) -> TrainState:
         params = self.model.init(fold(key, "init"))["params"] if start is None else start
-        return init_state(params, self.tx, fold(key, "train"))
+        params = recipe.prepare(params)
+        return init_state(params, recipe.tx, fold(key, "train"), extra=recipe.extra(params))

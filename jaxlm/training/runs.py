@@ -15,16 +15,22 @@ from jaxlm.core import sharding
 from jaxlm.core.configs import from_dict
 from jaxlm.core.distributed import from_main, main_first
 from jaxlm.core.errors import CheckpointError, ConfigError, DataError
+from jaxlm.core.policies import PrecisionConfig
 from jaxlm.core.temporary import beside
 from jaxlm.data.cache import atomic_folder
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.models import Decoder, DecoderConfig
 from jaxlm.training.checkpoints import load_meta, load_params
+from jaxlm.training.low_precision import kernels_under_policy
+from jaxlm.weights import under_policy
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What `load_run` finds. `meta` is what the run saved beside its state, its full configuration among it."""
+    """What `load_run` finds. `meta` is what the run saved beside its state, its full configuration among it.
+
+    Of a model that was trained for low-precision inference the kernels in `params` follow that policy.
+    """
 
     folder: Path
     step: int
@@ -51,6 +57,9 @@ def load_run(folder: str | Path, *, step: int | None = None, mesh: Mesh | None =
         places = sharding.shardings(mesh, model.axes(), abstract, model.config.sharding_rules(mesh))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
     step, params = load_params(folder / "checkpoints", abstract, step)
+    policy = from_dict(PrecisionConfig, meta.get("precision", {}), "checkpoint precision").policy()
+    if policy.is_for_inference:
+        params = under_policy(params, kernels_under_policy(model.axes()), policy.for_evaluation())
     return Run(folder, step, model, params, load_tokenizer(folder / "tokenizer"), meta)
 
 

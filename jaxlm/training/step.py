@@ -4,7 +4,9 @@ The step knows no model. `build` says how parameters come from what is trained a
 are differentiated (by default: accumulated over micro-batches, exactly); the optimizer is an Optax transformation.
 """
 
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,12 +28,13 @@ Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
 
 
 class Gradients(NamedTuple):
-    """What differentiating a batch gives: the loss, its gradient, summed metrics, the new `extra`."""
+    """What differentiating a batch gives: the loss, its gradient, summed metrics, the new `extra`, meters' readings."""
 
     loss: Float[Array, ""]
     grads: PyTree
     metrics: Metrics
     extra: PyTree
+    measured: PyTree = None
 
 
 def make_step(
@@ -40,18 +43,22 @@ def make_step(
     *,
     build: Build = trees.merge,
     gradients: Callable[..., Gradients] | None = None,
-    apply_updates: Callable[[PyTree, PyTree], PyTree] = optax.apply_updates,
+    apply_updates: Callable[..., PyTree] = optax.apply_updates,
 ) -> Step:
     """The pure function `step(state, frozen, batch) -> (state, metrics)`.
 
     Metrics are `(sum, weight)` pairs: the objective's own, and `grad_norm`, `skipped` (1 if loss or gradient was not
     finite; then parameters, optimizer state and `extra` stay as they were, while the step still counts), and with an
-    optimizer that is wrapped in `jaxlm.optim.skip_spikes`, `spike_skipped`.
+    optimizer that is wrapped in `jaxlm.optim.skip_spikes`, `spike_skipped`. An objective with `observe` (see
+    `jaxlm.objectives.base.Observer`) has the last word on `extra`.
 
     The optimizer is called as `tx.update(grads, opt_state, trainable, step=, key=, loss_fn=, hparams=)`; one that
     takes no such arguments works too. `gradients` defaults to `accumulate` without micro-batches.
+    `apply_updates(trainable, updates)` gets a `key` if it has an argument of that name.
     """
     tx = optax.with_extra_args_support(tx)
+    observe = getattr(objective, "observe", None)
+    rounds_at_random = "key" in inspect.signature(apply_updates).parameters
     gradients = gradients or accumulate
 
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -68,9 +75,12 @@ def make_step(
         )
         finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
         keep = functools.partial(jnp.where, finite)
-        new = (apply_updates(state.trainable, updates), opt_state, result.extra)
+        more = {"key": fold(state.key, "apply_updates", state.step)} if rounds_at_random else {}
+        new = (apply_updates(state.trainable, updates, **more), opt_state, result.extra)
         old = (state.trainable, state.opt_state, state.extra)
         trainable, opt_state, extra = jax.tree.map(keep, new, old)
+        if observe is not None:
+            extra = observe(extra, result.measured, finite)
         one = jnp.ones((), jnp.float32)
         metrics = {**result.metrics, "grad_norm": (norm, one), "skipped": (1.0 - finite.astype(jnp.float32), one)}
         spike = optax.tree_utils.tree_get(opt_state, "spike_skipped")
@@ -88,18 +98,22 @@ def accumulate(
 
     The objective's totals are added over all pieces first, so terms with unequal normalizers come out exactly as
     without cutting, with one gradient buffer. Pieces are strided (rows `i, i + m, ...`): each holds rows of every
-    device of a mesh. `extra` passes through the pieces in order.
+    device of a mesh. `extra` passes through the pieces in order; of what meters read the largest over pieces counts.
     """
     rows = {x.shape[0] for x in jax.tree.leaves(batch)}
     if len(rows) != 1 or rows.pop() % micro_batches:
         shapes = {name: x.shape for name, x in batch.items()}
         raise ConfigError(f"batch {shapes} cannot be cut into {micro_batches} equal micro-batches")
 
+    meters = objective.meters(state.extra) if hasattr(objective, "meters") else None
+
     def context(index: Array | int, extra: PyTree) -> StepContext:
         key = fold(state.key, "objective", state.step, index)
-        return StepContext(frozen, extra, state.step, key, state.hparams)
+        return StepContext(frozen, extra, state.step, key, state.hparams, meters)
 
-    def loss(trainable: PyTree, piece: Batch, ctx: StepContext, totals: PyTree) -> tuple[Array, Any]:
+    def loss(trained: tuple[PyTree, PyTree], piece: Batch, ctx: StepContext, totals: PyTree) -> tuple[Array, Any]:
+        trainable, meters = trained
+        ctx = dataclasses.replace(ctx, meters=meters)
         return objective.loss(build(trainable, frozen, state.step), piece, ctx, totals)
 
     differentiate = jax.value_and_grad(loss, has_aux=True)
@@ -107,8 +121,8 @@ def accumulate(
     if micro_batches == 1:
         ctx = context(0, state.extra)
         totals = jax.lax.stop_gradient(objective.totals(params, batch, ctx))
-        (value, aux), grads = differentiate(state.trainable, batch, ctx, totals)
-        return Gradients(value, grads, aux.metrics, state.extra if aux.extra is None else aux.extra)
+        (value, aux), (grads, measured) = differentiate((state.trainable, meters), batch, ctx, totals)
+        return Gradients(value, grads, aux.metrics, state.extra if aux.extra is None else aux.extra, measured)
 
     pieces = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
     indices = jnp.arange(micro_batches, dtype=jnp.int32)
@@ -123,22 +137,27 @@ def accumulate(
     totals = jax.lax.stop_gradient(totals)
 
     def add_gradients(carry: tuple, x: tuple) -> tuple[tuple, None]:
-        (value, grads, metrics), extra = carry
+        (value, grads, metrics), measured, extra = carry
         index, piece = x
-        (more, aux), more_grads = differentiate(state.trainable, piece, context(index, extra), totals)
+        (more, aux), (more_grads, reading) = differentiate(
+            (state.trainable, meters), piece, context(index, extra), totals
+        )
         sums = jax.tree.map(jnp.add, (value, grads, metrics), (more, more_grads, dict(aux.metrics)))
-        return (sums, extra if aux.extra is None else aux.extra), None
+        measured = jax.tree.map(jnp.maximum, measured, reading)
+        return (sums, measured, extra if aux.extra is None else aux.extra), None
 
-    (value_shape, aux_shape), grad_shapes = jax.eval_shape(
-        differentiate, state.trainable, first, context(0, state.extra), totals
+    (value_shape, aux_shape), (grad_shapes, _) = jax.eval_shape(
+        differentiate, (state.trainable, meters), first, context(0, state.extra), totals
     )
-    start = _zeros((value_shape, grad_shapes, dict(aux_shape.metrics)))
-    ((value, grads, metrics), extra), _ = jax.lax.scan(add_gradients, (start, state.extra), (indices, pieces))
-    return Gradients(value, grads, metrics, extra)
+    start = (_zeros((value_shape, grad_shapes, dict(aux_shape.metrics))), meters, state.extra)
+    ((value, grads, metrics), measured, extra), _ = jax.lax.scan(add_gradients, start, (indices, pieces))
+    return Gradients(value, grads, metrics, extra, measured)
 
 
 def _whole_loss(objective: Objective, build: Build, state: TrainState, frozen: PyTree, batch: Batch, trainable: PyTree):
-    ctx = StepContext(frozen, state.extra, state.step, fold(state.key, "objective", state.step, 0), state.hparams)
+    meters = objective.meters(state.extra) if hasattr(objective, "meters") else None
+    key = fold(state.key, "objective", state.step, 0)
+    ctx = StepContext(frozen, state.extra, state.step, key, state.hparams, meters)
     params = build(trainable, frozen, state.step)
     return objective.loss(params, batch, ctx, jax.lax.stop_gradient(objective.totals(params, batch, ctx)))[0]
 

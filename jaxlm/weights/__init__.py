@@ -18,13 +18,18 @@ from jaxlm.weights.factored import (
     refactorize,
     sparse_low_rank_kernel,
 )
+from jaxlm.weights.fake_quantized import LearnedStep, fake_quant, learn_steps, learned_step_quant, straight_through
 from jaxlm.weights.group_scaled import GroupScaled, add_group_scale
+from jaxlm.weights.low_precision import LowPrecision, under_policy
 from jaxlm.weights.low_rank import LowRank, add_low_rank
 from jaxlm.weights.quantized import Quantized, pack
+from jaxlm.weights.quantized_dot import quantized_dot_general, quantized_matmul, require_native
 
 __all__ = [
     "Factored",
     "GroupScaled",
+    "LearnedStep",
+    "LowPrecision",
     "LowRank",
     "Quantized",
     "Sparse",
@@ -34,13 +39,21 @@ __all__ = [
     "child_axes",
     "dense",
     "factored_kernel",
+    "fake_quant",
     "grouped_matmul",
+    "learn_steps",
+    "learned_step_quant",
     "matmul",
     "matmul_transposed",
     "merge_and_restart",
     "nbytes",
     "pack",
+    "quantized_dot_general",
+    "quantized_matmul",
     "refactorize",
+    "require_native",
     "sparse_low_rank_kernel",
+    "straight_through",
     "take",
+    "under_policy",
 ]

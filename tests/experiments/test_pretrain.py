@@ -14,11 +14,13 @@ import pytest
 
 from experiments import evaluate, generate, pretrain, runner
 from jaxlm.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from jaxlm.core.policies import PrecisionConfig
 from jaxlm.core.sharding import MeshConfig
 from jaxlm.data.prepare import DataConfig
 from jaxlm.evals import likelihood  # noqa: F401 (imports are timed out of the tests)
 from jaxlm.reporting.run_folder import read_metrics, series
 from jaxlm.training import load_run
+from jaxlm.weights import LowPrecision
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = str(ROOT / "jaxlm" / "core")
@@ -126,6 +128,48 @@ def test_other_meshes_give_the_same_losses_up_to_rounding(mesh, finished, tmp_pa
     expected = losses(finished[0])
     got = losses(tmp_path)
     np.testing.assert_allclose([got[s] for s in expected], list(expected.values()), rtol=1e-5)
+
+
+def test_a_model_trained_for_few_bits_is_served_in_them(tmp_path):
+    few = config(precision=PrecisionConfig("bitnet"), steps=2)
+    runner.open_run_folder(tmp_path, few)
+    assert len(pretrain.run(few, tmp_path).samples) == 1
+    run = load_run(tmp_path)
+    kernel = run.params["blocks"][0]["mlp"]["up"]["kernel"]
+    assert isinstance(kernel, LowPrecision)
+    assert kernel.policy.name == "bitnet"
+    assert runner.execute_tool(generate, ["--checkpoint", str(tmp_path), "--prompt", "a", "--max_new_tokens", "2"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fp8_delayed", "mxfp4_stochastic", "bf16_weights_stochastic", "float16"])
+def test_runs_under_a_precision_policy_resume_to_the_same_losses(name, tmp_path, monkeypatch):
+    from jaxlm.data.pipeline import TrainIterator
+
+    original = TrainIterator.__next__
+
+    def dies(self):
+        if self.next_step == 4:
+            raise Stop
+        return original(self)
+
+    few = config(precision=PrecisionConfig(name))
+    pretrain.run(few, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainIterator, "__next__", dies)
+        with pytest.raises(Stop):
+            pretrain.run(few, tmp_path / "died")
+    pretrain.run(few, tmp_path / "died")
+    assert losses(tmp_path / "died") == losses(tmp_path / "whole")
+
+
+def test_a_policy_that_the_devices_cannot_follow_is_refused_before_data_are_read(tmp_path):
+    native = PrecisionConfig("fp8_current", "native")
+    with pytest.raises(ConfigError, match="of which cpu has no products: implementation 'emulated'"):
+        pretrain.run(config(precision=native), tmp_path)
+    sent = PrecisionConfig(communication="int8")
+    with pytest.raises(ConfigError, match="gradients are sent in few bits over mesh.data alone"):
+        pretrain.run(config(precision=sent), tmp_path)
 
 
 def test_a_run_can_be_loaded_and_sampled(finished, capsys):

@@ -12,18 +12,21 @@ from jax.sharding import NamedSharding
 
 from jaxlm import weights
 from jaxlm.core import sharding, trees
+from jaxlm.core.policies import PrecisionPolicy
 from jaxlm.models import Decoder, gather_layers, layer
 from jaxlm.objectives import CausalLM
 from jaxlm.optim import roles
 from jaxlm.testing import tiny_config, tiny_decoder
 from jaxlm.training import Checkpoints
 from jaxlm.weights import (
+    LowPrecision,
     LowRank,
     Quantized,
     Weight,
     add_group_scale,
     add_low_rank,
     factored_kernel,
+    learn_steps,
     pack,
     sparse_low_rank_kernel,
 )
@@ -114,8 +117,19 @@ def as_group_scaled(w):
     return dataclasses.replace(w, scale=w.scale + 0.1 * jax.random.normal(jax.random.key(1), w.scale.shape))
 
 
+def as_low_precision(w):
+    """Under a policy that rounds nothing: what others round is in the products' own tests."""
+    return LowPrecision(w, None, None, None, PrecisionPolicy())
+
+
+def as_learned_step(w):
+    return learn_steps({"w": w}, ["w"], 6)["w"]
+
+
 KINDS = [
     as_dense,
+    as_low_precision,
+    as_learned_step,
     as_factored,
     as_low_rank_over_sparse,
     as_low_rank,

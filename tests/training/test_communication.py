@@ -1,0 +1,76 @@
+"""Gradients added up in few bits over eight devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxlm.core.errors import ConfigError
+from jaxlm.core.policies import PrecisionConfig, PrecisionPolicy
+from jaxlm.core.scaled import Quantizer
+from jaxlm.core.sharding import MeshConfig, make_mesh
+from jaxlm.models import Decoder
+from jaxlm.objectives import CausalLM
+from jaxlm.optim import adamw
+from jaxlm.testing import tiny_config
+from jaxlm.training import Program
+from jaxlm.training.communication import all_reduce
+
+MODEL = Decoder(tiny_config("llama", num_layers=1))
+
+
+def reduced(x, quantizer):
+    """`[devices, ...]` added up over devices; the result on each of them."""
+    mesh = make_mesh(MeshConfig(data=8))
+    spec = PartitionSpec("data")
+    function = lambda x: all_reduce(x[0], "data", quantizer)[None]  # noqa: E731
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)), x
+
+
+@pytest.mark.parametrize(("name", "error"), [("int8", 0.01), ("e4m3", 0.05), ("bfloat16", 0.005)])
+def test_the_sum_is_near_and_the_same_everywhere_and_is_sent_narrow(name, error):
+    x = jax.random.normal(jax.random.key(0), (8, 37, 29)) * jnp.exp2(jnp.arange(8.0) - 4)[:, None, None]
+    function, x = reduced(x, PrecisionConfig(communication=name).policy().communication)
+    found, exact = function(x), np.asarray(x, np.float64).sum(0)
+    assert np.linalg.norm(found[0] - exact) / np.linalg.norm(exact) < error
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
+    text = function.lower(x).as_text()
+    sent = [line for line in text.splitlines() if "all_to_all" in line or "all_gather" in line]
+    wire = {"int8": "xi8>", "e4m3": "xf8E4M3FN>", "bfloat16": "xbf16>"}[name]
+    assert sum(wire in line for line in sent) == 2  # once each way, and scales beside
+
+
+def program(policy, mesh=None):
+    mesh = mesh or make_mesh(MeshConfig(data=8))
+    return Program(MODEL, CausalLM(MODEL), adamw(1e-2, axes=MODEL.axes()), mesh, policy=policy)
+
+
+def batch(seed):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 64, (8, 17)).astype(np.int32)
+    weights = rng.random((8, 16)).astype(np.float32)  # devices have unequal weight
+    return {"inputs": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": weights}
+
+
+def test_training_is_near_the_exact_one():
+    runs = {}
+    for name, policy in (("exact", PrecisionPolicy()), ("int8", PrecisionConfig(communication="int8").policy())):
+        p = program(policy)
+        state, seen = p.init(0), []
+        for i in range(3):
+            state, metrics = p.step(state, None, p.put(batch(i)))
+            seen.append([float(s / w) for s, w in (metrics["loss"], metrics["grad_norm"])])
+        runs[name] = np.array(seen)
+    assert runs["int8"][0, 0] == pytest.approx(runs["exact"][0, 0], rel=1e-5)  # totals are those of all devices
+    np.testing.assert_allclose(runs["int8"], runs["exact"], rtol=0.02)
+    assert not np.array_equal(runs["int8"], runs["exact"])
+
+
+def test_sharded_weights_are_refused():
+    policy = dataclasses.replace(PrecisionPolicy(), communication=Quantizer("int8", (1, 128)))
+    with pytest.raises(ConfigError, match=r"over mesh.data alone, but the mesh has \{'fsdp': 4\}"):
+        _ = program(policy, make_mesh(MeshConfig(data=2, fsdp=4))).recipe
