@@ -1,4 +1,4 @@
-"""Bucketed forward passes: log-likelihoods of tokens, pairs and texts."""
+"""Measurements of models: bucketed log-likelihoods of tokens, pairs and texts; tangent kernels."""
 
 from jaxlm.scoring.pairs import (
     Encoding,
@@ -8,6 +8,13 @@ from jaxlm.scoring.pairs import (
     encode_pair,
     score_pairs,
     score_texts,
+)
+from jaxlm.scoring.tangent import (
+    kernel_alignment,
+    representation_alignment,
+    sign_similarity,
+    tangent_kernel,
+    weight_change,
 )
 from jaxlm.scoring.tokens import TokenScores, score_rolling, score_tokens
 from jaxlm.scoring.windows import Window, rolling_windows
@@ -20,9 +27,14 @@ __all__ = [
     "TokenizerEncoding",
     "Window",
     "encode_pair",
+    "kernel_alignment",
+    "representation_alignment",
     "rolling_windows",
     "score_pairs",
     "score_rolling",
     "score_texts",
     "score_tokens",
+    "sign_similarity",
+    "tangent_kernel",
+    "weight_change",
 ]
