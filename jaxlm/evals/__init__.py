@@ -4,6 +4,7 @@ from jaxlm.evals.generation import Problem, Solved, Verdict, exact_match, few_sh
 from jaxlm.evals.likelihood import Likelihood, likelihood, make_sums, resident_loss, source_likelihoods
 from jaxlm.evals.methods import EvaluationConfig, Generation, MultipleChoice, Passage, Perplexity, Task
 from jaxlm.evals.multiple_choice import ChoiceScores, Question, choice_metrics, few_shot, score_questions
+from jaxlm.evals.probing import FINE_TUNE, ProbeConfig, ProbeResult, fine_tune, linear_probe
 from jaxlm.evals.stats import Estimate, bootstrap, mcnemar, mean, wilson_interval
 from jaxlm.evals.tasks import (
     PreparedTask,
@@ -17,6 +18,7 @@ from jaxlm.evals.tasks import (
 )
 
 __all__ = [
+    "FINE_TUNE",
     "ChoiceScores",
     "Estimate",
     "EvaluationConfig",
@@ -26,6 +28,8 @@ __all__ = [
     "Passage",
     "Perplexity",
     "PreparedTask",
+    "ProbeConfig",
+    "ProbeResult",
     "Problem",
     "Question",
     "Solved",
@@ -40,7 +44,9 @@ __all__ = [
     "few_shot",
     "few_shot_prompt",
     "find_task",
+    "fine_tune",
     "likelihood",
+    "linear_probe",
     "make_sums",
     "match_metrics",
     "mcnemar",

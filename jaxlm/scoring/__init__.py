@@ -1,5 +1,6 @@
-"""Measurements of models: bucketed log-likelihoods of tokens, pairs and texts; tangent kernels."""
+"""Measurements of models: bucketed log-likelihoods of tokens, pairs and texts; tangent kernels; curvature."""
 
+from jaxlm.scoring.curvature import Trace, fisher_trace, hessian_trace, hvp, objective_loss
 from jaxlm.scoring.pairs import (
     Encoding,
     PairScore,
@@ -25,9 +26,14 @@ __all__ = [
     "TextScore",
     "TokenScores",
     "TokenizerEncoding",
+    "Trace",
     "Window",
     "encode_pair",
+    "fisher_trace",
+    "hessian_trace",
+    "hvp",
     "kernel_alignment",
+    "objective_loss",
     "representation_alignment",
     "rolling_windows",
     "score_pairs",

@@ -7,6 +7,7 @@ from jaxlm.training.populations import Member, Outcome, Population
 from jaxlm.training.program import Program
 from jaxlm.training.runs import Run, exclusive, keep_tokenizer, load_run
 from jaxlm.training.session import ResumableBatches, train_in_folder
+from jaxlm.training.snapshots import Snapshot, train_snapshots
 from jaxlm.training.state import TrainState, init_state, state_shardings
 from jaxlm.training.step import Gradients, accumulate, make_step
 
@@ -26,6 +27,7 @@ __all__ = [
     "Interrupted",
     "Restored",
     "ResumableBatches",
+    "Snapshot",
     "TrainState",
     "accumulate",
     "exclusive",
@@ -38,4 +40,5 @@ __all__ = [
     "make_step",
     "state_shardings",
     "train_in_folder",
+    "train_snapshots",
 ]
