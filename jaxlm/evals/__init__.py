@@ -5,7 +5,7 @@ from jaxlm.evals.likelihood import Likelihood, likelihood, make_sums, resident_l
 from jaxlm.evals.methods import EvaluationConfig, Generation, MultipleChoice, Passage, Perplexity, Task
 from jaxlm.evals.multiple_choice import ChoiceScores, Question, choice_metrics, few_shot, score_questions
 from jaxlm.evals.probing import FINE_TUNE, ProbeConfig, ProbeResult, fine_tune, linear_probe
-from jaxlm.evals.stats import Estimate, bootstrap, mcnemar, mean, wilson_interval
+from jaxlm.evals.stats import Estimate, bootstrap, mcnemar, mean, spearman, wilson_interval
 from jaxlm.evals.tasks import (
     PreparedTask,
     TaskResult,
@@ -57,6 +57,7 @@ __all__ = [
     "solve",
     "resident_loss",
     "source_likelihoods",
+    "spearman",
     "task_names",
     "wilson_interval",
 ]

@@ -11,6 +11,7 @@ JAX, and conditionals of words are its derivative.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -218,6 +219,8 @@ def inside(grammar: Grammar, emissions: Float[Array, "batch length symbols"]) ->
     differentiable; work grows with the cube of the length and of the symbols.
     """
     binary = jnp.asarray(grammar.binary, jnp.float32)
+    rules = grammar.binary[grammar.binary > 0]
+    typical = float(rules.mean()) if rules.size else 1.0
     length = emissions.shape[1]
     scaled, log_scale = [], []
     for width in range(1, length + 1):
@@ -233,12 +236,12 @@ def inside(grammar: Grammar, emissions: Float[Array, "batch length symbols"]) ->
             top = jnp.max(sizes, axis=0)
             pairs = jnp.einsum("kbs,kbsi,kbsj->bsij", jnp.exp(sizes - top[None]), left, right)
             cell = jnp.einsum("bsij,aij->bsa", pairs, binary)
-        # A constant to the derivative: what is divided by is multiplied again through `log_scale`.
+        # Constants to the derivative: what is divided by is multiplied again through `log_scale`. Cells of zeros are
+        # scaled too, by a typical rule: their derivatives count (of other words the phrase may well be possible).
         largest = jax.lax.stop_gradient(jnp.max(cell, axis=-1))
-        possible = largest > 0
-        scaled.append(cell / jnp.where(possible, largest, 1.0)[..., None])
-        grown = jnp.maximum(top + jnp.log(jnp.where(possible, largest, 1.0)), _IMPOSSIBLE)
-        log_scale.append(jnp.where(possible, grown, _IMPOSSIBLE))
+        divisor = jnp.where(largest > 0, largest, 1.0 if width == 1 else typical)
+        scaled.append(cell / divisor[..., None])
+        log_scale.append(top + jnp.log(divisor))
     return Chart(scaled, log_scale)
 
 
@@ -251,6 +254,7 @@ def emissions(
     return jnp.where(unknown[..., None], jnp.sum(lexical, axis=0)[None, None], lexical[jnp.maximum(words, 0)])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def sentence_log_prob(
     grammar: Grammar, words: Int[Array, "batch length"], lengths: Int[Array, "batch"]
 ) -> Float[Array, "batch"]:
@@ -258,6 +262,7 @@ def sentence_log_prob(
     return _log_prob(grammar, emissions(grammar, words), lengths)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def word_conditionals(
     grammar: Grammar,
     words: Int[Array, "batch length"],
@@ -270,12 +275,11 @@ def word_conditionals(
     depend on the word there, weighs the symbols of that place, and one backward pass serves all places. With `hidden`
     places only the words that are not hidden are given. Zeros beyond the length.
     """
-    words = jnp.asarray(words)
     emitted = emissions(grammar, words, hidden)
-    outside = jax.grad(lambda e: jnp.sum(_log_prob(grammar, e, jnp.asarray(lengths))))(emitted)
+    outside = jax.grad(lambda e: jnp.sum(_log_prob(grammar, e, lengths)))(emitted)
     weights = outside @ jnp.asarray(grammar.lexical, jnp.float32)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    inside_sentence = (jnp.arange(words.shape[1])[None, :] < jnp.asarray(lengths)[:, None])[..., None]
+    inside_sentence = (jnp.arange(words.shape[1])[None, :] < lengths[:, None])[..., None]
     return jnp.where(inside_sentence & (total > 0), weights / jnp.where(total > 0, total, 1.0), 0.0)
 
 
@@ -287,6 +291,7 @@ def conditional_entropy(
     return jnp.sum(entropy) / jnp.sum(lengths)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def root_labels(
     grammar: Grammar, words: Int[Array, "batch length"], lengths: Int[Array, "batch"]
 ) -> Int[Array, "batch"]:
@@ -298,6 +303,7 @@ def root_labels(
     return jnp.argmax(jnp.where(start > 0, whole + jnp.log(jnp.maximum(start, 1e-37)), 2 * _IMPOSSIBLE), axis=-1)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def span_labels(
     grammar: Grammar, words: Int[Array, "batch length"], start: int, width: int
 ) -> tuple[Int[Array, "batch"], Bool[Array, "batch"]]:
