@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlm.core.errors import ConfigError
+
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
 """Five Newton-Schulz steps that bring singular values between about 0.7 and 1.2 (Muon, Jordan et al., 2024)."""
 
@@ -83,3 +85,48 @@ def random_orthonormal(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "
     q, r = jnp.linalg.qr(jax.random.normal(key, shape, jnp.float32))
     # The sign of R's diagonal makes Q uniform (Mezzadri, 2007).
     return q * jnp.sign(jnp.expand_dims(jnp.diagonal(r, axis1=-2, axis2=-1), -2))
+
+
+def truncate_rank(
+    x: Float[Array, "*batch rows columns"], rank: int | Array, match: str | None = "frobenius"
+) -> Float[Array, "*batch rows columns"]:
+    """The best approximation of each matrix by one of `rank`, scaled up to the norm of the whole.
+
+    `match`: which norm the result shares with `x`, `frobenius` or `spectral` (the largest singular value, which
+    truncation itself keeps), or None to leave the approximation as it is. `rank` may be traced: one program for all
+    ranks. Computes in float32 and returns the dtype of `x`. The construction of Liu et al. (2024, arXiv 2310.08513).
+
+    Raises `ConfigError` for another `match` or a rank that is not between 1 and the smaller side.
+    """
+    if match not in ("frobenius", "spectral", None):
+        raise ConfigError(f"match is '{match}', expected 'frobenius', 'spectral' or None")
+    smaller = min(x.shape[-2:])
+    if isinstance(rank, int) and not 1 <= rank <= smaller:
+        raise ConfigError(f"rank is {rank}, expected 1 to {smaller} for matrices {x.shape[-2]} x {x.shape[-1]}")
+    left, s, right = jnp.linalg.svd(x.astype(jnp.float32), full_matrices=False)
+    kept = jnp.where(jnp.arange(smaller) < rank, s, 0.0)
+    if match == "frobenius":
+        norm = jnp.linalg.norm(s, axis=-1, keepdims=True)
+        kept = kept * norm / jnp.maximum(jnp.linalg.norm(kept, axis=-1, keepdims=True), 1e-30)
+    return ((left * kept[..., None, :]) @ right).astype(x.dtype)
+
+
+def effective_ranks(
+    x: Float[Array, "*batch rows columns"], tolerance: float = 1e-5, share: float = 0.2
+) -> dict[str, Float[Array, "*batch"]]:
+    """How many directions each matrix really has, by four measures of its singular values `s`.
+
+    `numerical`: how many exceed `tolerance` times the largest. `participation`: `(sum s)^2 / sum s^2`. `entropy`:
+    `exp` of the entropy of `s / sum s` (Roy and Vetterli, 2007). `large`: how many exceed `share` times the largest.
+    All are 0 for a matrix of zeros.
+    """
+    s = jnp.linalg.svd(x.astype(jnp.float32), compute_uv=False)
+    top, total = s[..., :1], jnp.sum(s, axis=-1)
+    p = s / jnp.maximum(total, 1e-30)[..., None]
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30)), 0.0), axis=-1)
+    return {
+        "numerical": jnp.sum(s > tolerance * top, axis=-1).astype(jnp.float32),
+        "participation": jnp.square(total) / jnp.maximum(jnp.sum(s * s, axis=-1), 1e-30),
+        "entropy": jnp.where(total > 0, jnp.exp(entropy), 0.0),
+        "large": jnp.sum(s > share * top, axis=-1).astype(jnp.float32),
+    }

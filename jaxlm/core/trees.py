@@ -107,6 +107,19 @@ def merge(trainable: PyTree, frozen: PyTree, step: Any = None) -> PyTree:
     return jax.tree.map(join, trainable, frozen, is_leaf=lambda x: x is None or isinstance(x, FrozenRows))
 
 
+def pick(tree: PyTree, chosen: Callable[[str], bool] | None = None) -> tuple[dict[str, Any], Callable[[dict], PyTree]]:
+    """The leaves whose path is chosen (all by default), by path, and a function that puts such leaves back.
+
+    `put_back(leaves)` is the tree with these in place of those picked: what a probe differentiates by is its argument.
+
+    Raises `ConfigError` if nothing is chosen.
+    """
+    picked = {path: leaf for path, leaf in named_leaves(tree) if chosen is None or chosen(path)}
+    if not picked:
+        raise ConfigError(f"no parameter is chosen of {', '.join(path for path, _ in named_leaves(tree))}")
+    return picked, lambda leaves: map_named(lambda path, leaf: leaves.get(path, leaf), tree)
+
+
 def count(tree: PyTree) -> int:
     """The number of array elements in a tree (of arrays or `ShapeDtypeStruct`s)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -5,6 +5,7 @@ from jaxlm.evals.generation import Problem, Solved, Verdict, exact_match, few_sh
 from jaxlm.evals.likelihood import Likelihood, likelihood, make_sums, resident_loss, source_likelihoods
 from jaxlm.evals.methods import EvaluationConfig, Generation, MultipleChoice, Passage, Perplexity, Task
 from jaxlm.evals.multiple_choice import ChoiceScores, Question, choice_metrics, few_shot, score_questions
+from jaxlm.evals.probing import FINE_TUNE, ProbeConfig, ProbeResult, fine_tune, linear_probe
 from jaxlm.evals.scaling import (
     Chinchilla,
     PowerLaw,
@@ -15,7 +16,7 @@ from jaxlm.evals.scaling import (
     nested_asymptote,
     optimal_batch_tokens,
 )
-from jaxlm.evals.stats import Estimate, bootstrap, mcnemar, mean, wilson_interval
+from jaxlm.evals.stats import Estimate, bootstrap, mcnemar, mean, spearman, wilson_interval
 from jaxlm.evals.tasks import (
     PreparedTask,
     TaskResult,
@@ -29,6 +30,7 @@ from jaxlm.evals.tasks import (
 
 __all__ = [
     "Chinchilla",
+    "FINE_TUNE",
     "ChoiceScores",
     "Estimate",
     "EvaluationConfig",
@@ -39,6 +41,8 @@ __all__ = [
     "Perplexity",
     "PowerLaw",
     "PreparedTask",
+    "ProbeConfig",
+    "ProbeResult",
     "Problem",
     "Question",
     "Solved",
@@ -58,7 +62,9 @@ __all__ = [
     "find_task",
     "fit_chinchilla",
     "fit_power_law",
+    "fine_tune",
     "likelihood",
+    "linear_probe",
     "make_sums",
     "match_metrics",
     "mcnemar",
@@ -72,6 +78,7 @@ __all__ = [
     "solve",
     "resident_loss",
     "source_likelihoods",
+    "spearman",
     "task_names",
     "wilson_interval",
 ]

@@ -96,6 +96,23 @@ def mcnemar(first: Sequence[bool] | Bool[np.ndarray, "items"], second: Sequence[
     return McNemar(first_only, second_only, min(1.0, 2 * tail / 2**count))
 
 
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """The rank correlation of two columns (Spearman 1904): Pearson's of their ranks, equal values sharing a mean rank.
+
+    NaN if a column has one value only. Raises `DataError` for columns of different lengths.
+    """
+    columns = [_finite_vector("values", values) for values in (first, second)]
+    if len(columns[0]) != len(columns[1]):
+        raise DataError(f"columns of {len(columns[0])} and {len(columns[1])} items, expected as many")
+    ranks = []
+    for column in columns:
+        _, place, counts = np.unique(column, return_inverse=True, return_counts=True)
+        rank = (np.cumsum(counts) - (counts - 1) / 2)[place]
+        ranks.append(rank - rank.mean())
+    scale = math.sqrt(float(ranks[0] @ ranks[0]) * float(ranks[1] @ ranks[1]))
+    return float(ranks[0] @ ranks[1]) / scale if scale else math.nan
+
+
 def normal_quantile(probability: float) -> float:
     """The value below which a standard normal variable lies with this probability."""
     return NormalDist().inv_cdf(_probability("probability", probability))

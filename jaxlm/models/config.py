@@ -63,6 +63,8 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     rope_theta_local: float | None = None
     """Theta of the layers with a window, without scaling (Gemma 3); by default they rotate like the others."""
+    causal: bool = True
+    """Tokens see those before them alone; False: all of the row (an encoder, for `MaskedLM`; it cannot generate)."""
     window: int | None = None
     """Attention reaches this many tokens back, the query itself counted, in the layers that `window_pattern` marks."""
     window_pattern: tuple[bool, ...] = (True,)
@@ -129,6 +131,8 @@ class DecoderConfig:
                 raise ConfigError(f"model.{name} is {theta}, expected a number greater than {1 if yarn else 0}")
         if self.window is not None and self.window < 1:
             raise ConfigError(f"model.window is {self.window}, expected at least 1")
+        if self.window is not None and not self.causal:
+            raise ConfigError(f"model.window is {self.window}, but windows are of causal models")
         if not self.window_pattern:
             raise ConfigError("model.window_pattern is empty, expected at least one entry")
 

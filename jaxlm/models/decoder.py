@@ -236,7 +236,7 @@ class Decoder:
         if positions is None:
             positions = kv_cache.positions(cache, length) if cache is not None else _arange(h)
 
-        run_layer = self._layer_function(h.shape, positions, segment_ids, mask or Mask(), cache, context)
+        run_layer = self._layer_function(h.shape, positions, segment_ids, mask or Mask(c.causal), cache, context)
         per_layer = self._per_layer(cache, context, batch)
         stacks = params["blocks"]
         lengths = [blocks.run_length(stack) for stack in stacks]
@@ -267,6 +267,8 @@ class Decoder:
     def init_cache(self, batch: int, capacity: int, *, shared: bool = False) -> KVCache:
         """An empty key/value cache for this model, in its activations' format."""
         c = self.config
+        if not c.causal:
+            raise ConfigError("model.causal is False: tokens see those after them, so nothing can be cached")
         dtype = c.precision.activation_dtype
         return kv_cache.init_cache(c.num_layers, batch, capacity, c.kv_heads, c.head_size, dtype, shared)
 

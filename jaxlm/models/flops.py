@@ -15,7 +15,8 @@ def forward_flops_per_token(config: DecoderConfig, length: int) -> float:
     mlp = (3 if c.mlp_gated else 2) * c.embed_dim * c.mlp_dim
     products = c.num_layers * (attention + mlp) + c.embed_dim * c.vocab_size
     # Logits and weighted sum: two products of head_size for each query head and visible key.
-    keys = sum(_mean_visible_keys(length, kind.window) for kind in c.layer_kinds())
+    causal = (_mean_visible_keys(length, kind.window) for kind in c.layer_kinds())
+    keys = sum(causal) if c.causal else c.num_layers * length
     return 2.0 * products + 2.0 * 2.0 * heads * keys
 
 

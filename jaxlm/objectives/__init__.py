@@ -2,7 +2,9 @@
 
 from jaxlm.objectives.base import Aux, Objective, StepContext
 from jaxlm.objectives.causal_lm import CausalLM, token_loss_sums
+from jaxlm.objectives.classification import Classification
 from jaxlm.objectives.distill import Distillation
+from jaxlm.objectives.masked_lm import MaskedLM
 from jaxlm.objectives.policy_gradient import GRPO, group_advantages
 from jaxlm.objectives.preference import CPO, DPO, KTO, ORPO, SimPO
 from jaxlm.objectives.token_log_probs import model_log_probs, token_log_probs
@@ -16,6 +18,8 @@ __all__ = [
     "Aux",
     "CausalLM",
     "Distillation",
+    "Classification",
+    "MaskedLM",
     "Objective",
     "SimPO",
     "StepContext",

@@ -10,6 +10,7 @@ from jaxlm.training.program import Program
 from jaxlm.training.restarts import change_every
 from jaxlm.training.runs import Run, exclusive, keep_tokenizer, load_run
 from jaxlm.training.session import ResumableBatches, train_in_folder
+from jaxlm.training.snapshots import Snapshot, train_snapshots
 from jaxlm.training.state import TrainState, init_state, state_shardings
 from jaxlm.training.step import Gradients, accumulate, make_step
 from jaxlm.training.sweeps import Sweep, coordinate_search, grid, random_points, steps_for
@@ -33,6 +34,7 @@ __all__ = [
     "Interrupted",
     "Restored",
     "ResumableBatches",
+    "Snapshot",
     "TrainState",
     "accumulate",
     "change_every",
@@ -52,4 +54,5 @@ __all__ = [
     "state_shardings",
     "steps_for",
     "train_in_folder",
+    "train_snapshots",
 ]

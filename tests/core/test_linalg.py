@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.core.errors import ConfigError
 from jaxlm.core.linalg import (
     CONVERGENT,
     QUINTIC,
     balanced_factors,
+    effective_ranks,
     leading_singular_vectors,
     orthogonalize,
     random_orthonormal,
+    truncate_rank,
 )
 
 SHAPES = [(4, 7), (7, 4), (5, 5), (2, 3, 4, 7)]
@@ -60,3 +63,40 @@ def test_random_orthonormal_is_orthonormal_and_has_no_preferred_direction():
     np.testing.assert_allclose(q.mT @ q, np.broadcast_to(np.eye(2), (2000, 2, 2)), atol=1e-5)
     np.testing.assert_allclose(np.mean(q, axis=0), 0.0, atol=0.05)
     np.testing.assert_allclose(np.mean(q @ q.mT, axis=0), np.eye(4) / 2, atol=0.05)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_truncation_is_the_best_approximation_at_the_wanted_norm(shape):
+    x = normal(shape)
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    best = (u[..., :2] * s[..., None, :2]) @ vt[..., :2, :]
+    np.testing.assert_allclose(truncate_rank(jnp.asarray(x), 2, None), best, atol=1e-5)
+    found = truncate_rank(jnp.asarray(x), 2)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=(-2, -1)), np.linalg.norm(x, axis=(-2, -1)), rtol=1e-6)
+    assert (np.linalg.matrix_rank(np.asarray(found), tol=1e-4) == 2).all()
+    spectral = np.linalg.norm(truncate_rank(jnp.asarray(x), 2, "spectral"), 2, axis=(-2, -1))
+    np.testing.assert_allclose(spectral, s[..., 0], rtol=1e-5)
+    traced = jax.jit(truncate_rank)(jnp.asarray(x), jnp.asarray(2))
+    np.testing.assert_allclose(traced, found, atol=1e-5)
+    np.testing.assert_allclose(truncate_rank(jnp.asarray(x), min(shape[-2:])), x, atol=1e-5)
+
+
+def test_effective_ranks_of_known_singular_values():
+    u, v = np.linalg.qr(normal((8, 4)))[0], np.linalg.qr(normal((6, 4)))[0]
+    found = effective_ranks(jnp.asarray((u * np.array([4.0, 2.0, 0.4, 0.0], np.float32)) @ v.T))
+    p = np.array([4.0, 2.0, 0.4]) / 6.4
+    assert found["numerical"] == 3
+    assert found["large"] == 2
+    assert found["participation"] == pytest.approx(6.4**2 / (16 + 4 + 0.16), rel=1e-5)
+    assert found["entropy"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
+    same = effective_ranks(jnp.asarray(np.stack([u.T @ u, 0 * u.T @ u]).astype(np.float32)))
+    for values in same.values():
+        np.testing.assert_allclose(values, [4.0, 0.0], atol=1e-4)
+
+
+def test_ranks_that_cannot_be_are_refused():
+    for rank in (0, 5):
+        with pytest.raises(ConfigError, match=f"rank is {rank}, expected 1 to 4"):
+            truncate_rank(jnp.ones((4, 7)), rank)
+    with pytest.raises(ConfigError, match="match is 'nuclear'"):
+        truncate_rank(jnp.ones((4, 7)), 1, "nuclear")

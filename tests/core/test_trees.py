@@ -61,3 +61,15 @@ def test_precision_refuses_unknown_formats():
     with pytest.raises(ConfigError, match="did you mean 'bfloat16'"):
         Precision(activations="bf16")
     assert Precision(activations="bfloat16").matmul_dtype == jnp.bfloat16
+
+
+def test_picked_leaves_are_put_back():
+    picked, put_back = trees.pick(TREE, lambda path: path.endswith("w"))
+    assert list(picked) == ["blocks/0/w"]
+    chex.assert_trees_all_equal(put_back(picked), TREE)
+    changed = put_back({"blocks/0/w": 2 * TREE["blocks"][0]["w"]})
+    chex.assert_trees_all_equal(changed["blocks"][0]["w"], 2 * TREE["blocks"][0]["w"])
+    chex.assert_trees_all_equal(changed["head"], TREE["head"])
+    assert len(trees.pick(TREE)[0]) == 3
+    with pytest.raises(ConfigError, match="no parameter is chosen of blocks/0/b"):
+        trees.pick(TREE, lambda path: False)

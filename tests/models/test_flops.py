@@ -63,3 +63,9 @@ def test_decoding_counts_one_token_against_the_cache():
     per_key = 4 * config.num_layers * config.num_heads * config.head_size
     assert decode_flops_per_token(config, 1) == forward_flops_per_token(config, 1)
     assert decode_flops_per_token(config, 100) - decode_flops_per_token(config, 1) == 99 * per_key
+
+
+def test_tokens_that_see_both_sides_have_twice_the_keys():
+    causal, both = (forward_flops_per_token(tiny_config("gpt2", causal=c), 9) for c in (True, False))
+    config = tiny_config("gpt2")
+    assert both - causal == pytest.approx(config.num_layers * 4 * config.num_heads * config.head_size * (9 - 5))
