@@ -145,11 +145,38 @@ def compare_arms(config: StudyConfig, arms: Mapping[str, Arm], text: Text, out: 
 
 
 def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path) -> ArmResult:
+    from jaxlm.evals import resident_loss
+    from jaxlm.models import Decoder
+    from jaxlm.objectives import CausalLM
+
+    objective = CausalLM(Decoder(config.model))
+    tuning_loss, judge_loss = (resident_loss(objective, rows, config.batch_size) for rows in (text.tuning, text.judge))
+    population, frozen = arm_population(
+        config,
+        arm,
+        sample=lambda key, step: text.train.sample(key, step, config.batch_size),
+        evaluate=lambda params: {"tuning": tuning_loss(params), "judge": judge_loss(params)},
+    )
+    return tune_and_judge(config, name, population, arm.rates, folder, frozen)
+
+
+def arm_population(
+    config: StudyConfig,
+    arm: Arm,
+    *,
+    sample: Callable[[Any, Any], Any],
+    evaluate: Callable[[Any], Mapping[str, Any]],
+    start: Any = None,
+) -> tuple[Any, Any]:
+    """The `Population` of an arm, for causal language models, and its frozen argument.
+
+    `evaluate` gets all parameters, whatever is trained of them. `start`: parameters that every member begins from, by
+    default each has its own.
+    """
     import jax
     import optax
 
     from jaxlm.core import trees
-    from jaxlm.evals import resident_loss
     from jaxlm.models import Decoder
     from jaxlm.objectives import CausalLM
     from jaxlm.optim.roles import label
@@ -157,11 +184,11 @@ def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path)
     from jaxlm.training import Population, change_every, init_state, make_step
 
     model, how = Decoder(config.model), arm.parametrization
-    objective = CausalLM(model)
 
-    def draw(key: Any) -> tuple[Any, Any]:
-        """What is trained and what is not, of fresh parameters."""
-        params = parametrize(key, model.init(key)["params"], how)
+    def draw(key: Any) -> Any:
+        return parametrize(key, model.init(key)["params"] if start is None else start, how)
+
+    def cut(params: Any) -> tuple[Any, Any]:
         return trees.partition(params, how.is_trained, label(params, adapted_axes(params, model.axes())))
 
     def build(trainable: Any, frozen: Any, step: Any) -> Any:
@@ -169,29 +196,24 @@ def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path)
         return stop_bases(params) if how.name == "relora" else params
 
     # What is never trained is the same for all seeds.
-    _, frozen = jax.jit(draw)(jax.random.key(config.tuning_seed))
-    shapes = jax.eval_shape(lambda key: parametrize(key, model.init(key)["params"], how), jax.random.key(0))
-    tx = arm.optimizer.make(config.steps, adapted_axes(shapes, model.axes()), sweep=True)
+    _, frozen = jax.jit(lambda key: cut(draw(key)))(jax.random.key(config.tuning_seed))
+    tx = arm.optimizer.make(
+        config.steps, adapted_axes(jax.eval_shape(draw, jax.random.key(0)), model.axes()), sweep=True
+    )
     if how.name == "relora":
         kinds = {"trained": tx, "base": optax.set_to_zero()}
         tx = optax.partition(kinds, lambda p: trees.map_named(lambda x, _: "base" if is_base(x) else "trained", p))
-    step = make_step(objective, tx, build=build)
+    step = make_step(CausalLM(model), tx, build=build)
     if arm.optimizer.reset_every:
         step = change_every(step, arm.optimizer.reset_every, lambda key, trainable: restart(key, trainable, how))
-    tuning_loss, judge_loss = (resident_loss(objective, rows, config.batch_size) for rows in (text.tuning, text.judge))
-
-    def evaluate(trainable: Any) -> dict[str, Any]:
-        params = trees.merge(trainable, frozen)
-        return {"tuning": tuning_loss(params), "judge": judge_loss(params)}
-
     population = Population(
-        init=lambda key, hparams: init_state(draw(key)[0], tx, key, hparams=hparams),
+        init=lambda key, hparams: init_state(cut(draw(key))[0], tx, key, hparams=hparams),
         step=step,
-        sample=lambda key, step: text.train.sample(key, step, config.batch_size),
+        sample=sample,
         num_steps=config.steps,
-        evaluate=evaluate,
+        evaluate=lambda trainable: evaluate(trees.merge(trainable, frozen)),
     )
-    return tune_and_judge(config, name, population, arm.rates, folder, frozen)
+    return population, frozen
 
 
 def tune_and_judge(
