@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.benchmarks import __main__ as everything
-from experiments.benchmarks import attention, cross_entropy, decode, harness, quantized_matmul, train_step
+from experiments.benchmarks import attention, cross_entropy, decode, harness, population, quantized_matmul, train_step
 from experiments.benchmarks.llama import Size
 from jaxlm.core.errors import ConfigError
 
@@ -76,3 +76,10 @@ def test_all_of_them_go_into_one_file(tmp_path, monkeypatch, capfd):
     assert found["benchmarks"]["decode"]["error"] == "exit code 2"
     with pytest.raises(ConfigError, match="no benchmark 'atention': did you mean 'attention'"):
         everything.Config(only=("atention",))
+
+
+@pytest.mark.slow
+def test_a_population_is_measured_beside_single_runs(capsys):
+    found = population.measure(population.Config(members=2, steps=1, rounds=1))
+    assert set(found) == {"single runs", "lax.map", "vmap"}
+    assert "map: 24 of 24 trained arrays are those of single runs to the bit" in capsys.readouterr().out
