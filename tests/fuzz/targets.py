@@ -804,6 +804,6 @@ TARGETS: dict[str, Target] = {
     "store": Target(_stores, read_store, cost=3),
     "kept_members": Target(_outcomes, read_outcome),
     "command_line": Target(_command_lines, parse_command_line, cost=100),
-    "chat_template": Target(_templates, render_template, cost=20),
+    "chat_template": Target(_templates, render_template, cost=40),
     "answers": Target(_answers, read_answer),
 }
