@@ -11,6 +11,7 @@ from experiments.benchmarks import (
     data_loading,
     decode,
     harness,
+    population,
     quantized_matmul,
     train_step,
 )
@@ -96,3 +97,10 @@ def test_all_of_them_go_into_one_file(tmp_path, monkeypatch, capfd):
     assert found["benchmarks"]["decode"]["error"] == "exit code 2"
     with pytest.raises(ConfigError, match="no benchmark 'atention': did you mean 'attention'"):
         everything.Config(only=("atention",))
+
+
+@pytest.mark.slow
+def test_a_population_is_measured_beside_single_runs(capsys):
+    found = population.measure(population.Config(members=2, steps=1, rounds=1))
+    assert set(found) == {"single runs", "lax.map", "vmap"}
+    assert "map: 24 of 24 trained arrays are those of single runs to the bit" in capsys.readouterr().out

@@ -4,6 +4,7 @@ The function reads one input as users' code would. It may return, or raise an er
 else is a finding.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -42,8 +43,10 @@ def put(folder: Path, name: str, data: bytes) -> Path:
 
 @functools.cache
 def home() -> Path:
-    """A folder with valid files of every kind."""
-    return Path(tempfile.mkdtemp(prefix="jaxlm-fuzz-"))
+    """A folder with valid files of every kind, removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="jaxlm-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 # Safetensors.
@@ -808,6 +811,6 @@ TARGETS: dict[str, Target] = {
     "store": Target(_stores, read_store, cost=3),
     "kept_members": Target(_outcomes, read_outcome),
     "command_line": Target(_command_lines, parse_command_line, cost=100),
-    "chat_template": Target(_templates, render_template, cost=20),
+    "chat_template": Target(_templates, render_template, cost=40),
     "answers": Target(_answers, read_answer),
 }

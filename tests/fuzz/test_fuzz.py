@@ -13,7 +13,7 @@ import pytest
 from tests.fuzz.run import fuzz
 from tests.fuzz.targets import TARGETS
 
-COUNTS = {name: max(300, 4000 // target.cost) for name, target in TARGETS.items()}
+COUNTS = {name: max(100, 4000 // target.cost) for name, target in TARGETS.items()}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: round trips, and what PEFT itself computes with them."""
 
 import json
+import shutil
 
 import chex
 import jax
@@ -45,6 +46,17 @@ def test_an_adapter_opens_over_its_base(adapter):
     described = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert described["target_modules"] == ["down_proj", "q_proj"]
     assert (described["r"], described["lora_alpha"]) == (2, 6.0)
+
+
+def test_an_adapter_far_from_its_base_opens_in_the_run_that_began_with_it_alone(adapter, tmp_path):
+    folder, made, _ = adapter
+    shutil.copytree(folder / "adapter", tmp_path / "run" / "adapter")
+    with pytest.raises(ConfigError, match="not in the folder that holds the adapter: if you trust it, load it"):
+        load(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": str(folder / "base")}))
+    chex.assert_trees_all_equal(load(tmp_path / "run").params, made.params)
+    with pytest.raises(ConfigError, match="not in the folder that holds the adapter"):
+        load(tmp_path / "run" / "adapter")
 
 
 def test_a_base_may_be_given(adapter):

@@ -46,7 +46,10 @@ def test_no_metrics_yet(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-@pytest.mark.parametrize("line", ['{"step": 1', '{"train/loss": 1}', "[1]", '{"step": 1.5}', '{"step": true}'])
+BROKEN = ('{"step": 1', '{"train/loss": 1}', "[1]", '{"step": 1.5}', '{"step": true}')
+
+
+@pytest.mark.parametrize("line", [*BROKEN, '{"step": 1, "resumed_at": "1"}', "[" * 9999])
 def test_a_broken_line_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + "\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl line 2"):
