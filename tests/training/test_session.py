@@ -131,7 +131,8 @@ class Growth:
 
 def check_growth(growth, settled):
     """After `settled` evaluations nothing is compiled any more, and files and threads stay what they are."""
-    assert [growth.compiled.count(name) for name in ("step", "sums")] == [1, 1], growth.compiled
+    assert growth.compiled.count("sums") == 1, growth.compiled
+    assert growth.compiled.count("step") <= 1, growth.compiled  # an earlier test may have compiled it
     assert len(set(growth.of("compiled")[settled:])) == 1, growth.compiled
     for name, slack in (("files", 1), ("threads", 1), ("system threads", 3)):
         later = growth.of(name)[settled:]
@@ -150,9 +151,10 @@ def test_a_run_of_20000_steps_does_not_grow(program, store, tmp_path, monkeypatc
     with Growth(program, store, monkeypatch) as growth:
         train(tmp_path, program, store, 20_000, growth.evaluate, checkpoint_every=250, evaluate_every=250)
     assert len(growth.seen) == 81
+    for name in growth.seen[0]:
+        print(name, [round(seen[name]) for seen in growth.seen[::8]])  # pytest -s shows it
     check_growth(growth, settled=3)
     memory = growth.of("megabytes")
-    print("megabytes:", [round(x) for x in memory[::8]])  # shown by pytest -s
     # From step 2,500 on; twice as many steps may not need twice as much more.
     assert max(memory[-10:]) - max(memory[10:20]) < 15
 
