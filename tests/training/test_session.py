@@ -76,7 +76,7 @@ def interrupt_at(step, monkeypatch):
 class Growth:
     """Watches this process from an evaluation, which comes every so many steps."""
 
-    def __init__(self, program, store):
+    def __init__(self, program, store, monkeypatch):
         from jaxlm.data.pipeline import eval_batches
         from jaxlm.decoding import DecoderStepper, GenerationConfig, generate_text
         from jaxlm.evals import likelihood, make_sums
@@ -86,10 +86,19 @@ class Growth:
         settings = GenerationConfig(max_new_tokens=3, temperature=1.0)
         stepper = DecoderStepper(program.model)
 
+        class Known(Checkpoints):
+            def __init__(self, *arguments, **options):
+                super().__init__(*arguments, **options)
+                opened.append(self)
+
+        opened = []
+        monkeypatch.setattr("jaxlm.training.session.Checkpoints", Known)
+
         def evaluate(params):
             batches = eval_batches(store, 0, batch_size=2, length=16, max_batches=2)
             found = likelihood(sums, params, batches, program.put)
             generate_text(stepper, params, ByteTokenizer(), ["a"], settings)
+            opened[-1].wait()  # so that no file of a save is open
             gc.collect()
             self.seen.append(
                 {
@@ -122,30 +131,30 @@ class Growth:
 
 def check_growth(growth, settled):
     """After `settled` evaluations nothing is compiled any more, and files and threads stay what they are."""
-    assert [growth.compiled.count(name) for name in ("step", "sums")] == [1, 1], growth.compiled
+    assert growth.compiled.count("sums") == 1, growth.compiled
+    assert growth.compiled.count("step") <= 1, growth.compiled  # an earlier test may have compiled it
     assert len(set(growth.of("compiled")[settled:])) == 1, growth.compiled
-    for name, slack in (("files", 2), ("threads", 2), ("system threads", 4)):
+    for name, slack in (("files", 1), ("threads", 1), ("system threads", 3)):
         later = growth.of(name)[settled:]
-        # A save may or may not be under way when they are counted.
         assert max(later) <= min(later) + slack, (name, later)
-        assert np.mean(later[-3:]) <= np.mean(later[:3]) + slack / 2, (name, later)
 
 
-def test_a_run_of_300_steps_compiles_once_and_keeps_its_files_and_threads(program, store, tmp_path):
-    with Growth(program, store) as growth:
+def test_a_run_of_300_steps_compiles_once_and_keeps_its_files_and_threads(program, store, tmp_path, monkeypatch):
+    with Growth(program, store, monkeypatch) as growth:
         train(tmp_path, program, store, 300, growth.evaluate, checkpoint_every=30, evaluate_every=30)
     assert len(growth.seen) == 11
     check_growth(growth, settled=3)
 
 
 @pytest.mark.release
-def test_a_run_of_20000_steps_does_not_grow(program, store, tmp_path):
-    with Growth(program, store) as growth:
+def test_a_run_of_20000_steps_does_not_grow(program, store, tmp_path, monkeypatch):
+    with Growth(program, store, monkeypatch) as growth:
         train(tmp_path, program, store, 20_000, growth.evaluate, checkpoint_every=250, evaluate_every=250)
     assert len(growth.seen) == 81
+    for name in growth.seen[0]:
+        print(name, [round(seen[name]) for seen in growth.seen[::8]])  # pytest -s shows it
     check_growth(growth, settled=3)
     memory = growth.of("megabytes")
-    print("megabytes:", [round(x) for x in memory[::8]])
     # From step 2,500 on; twice as many steps may not need twice as much more.
     assert max(memory[-10:]) - max(memory[10:20]) < 15
 
