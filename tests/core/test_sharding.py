@@ -108,3 +108,12 @@ def test_gathered_weights_have_gradients_that_lie_as_they_are_stored():
         got = jax.jit(grad)(jax.device_put(w, stored), jax.device_put(x, stored))
     assert got.sharding.is_equivalent_to(stored, 2)
     np.testing.assert_allclose(got, 2 * (x @ w.T).T @ x, rtol=1e-5)
+
+
+def test_one_process_holds_all_rows_and_reads_whole_arrays():
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+    assert sharding.data_share(mesh) == (0, 1)
+    x = np.arange(16, dtype=np.float32).reshape(8, 2)
+    placed = sharding.shard_batch(mesh, {"x": x})["x"]
+    np.testing.assert_array_equal(sharding.to_host(placed), x)
+    assert sharding.to_host(x) is x

@@ -12,8 +12,10 @@ from jaxlm.compression import QuantizeConfig, quantize
 from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.precision import BFLOAT16
+from jaxlm.core.sharding import MeshConfig, make_mesh, use_mesh
 from jaxlm.models import Decoder
 from jaxlm.objectives import CausalLM, StepContext, causal_lm, token_loss_sums
+from jaxlm.objectives.causal_lm import cut_chunks, default_chunk, join_chunks
 from jaxlm.testing import tiny_config, tiny_decoder
 from pallas_kernels import cross_entropy
 from tests.pallas_kernels import absent_tpu
@@ -225,3 +227,18 @@ def test_bad_settings_are_refused():
         CausalLM(model, z_loss=-1)
     with pytest.raises(ConfigError, match="implementation 'fast'"):
         dataclasses.replace(CausalLM(model), implementation="fast")
+
+
+def test_chunks_of_a_divided_length_have_a_part_of_each_device():
+    x = jnp.arange(2 * 24).reshape(2, 24)
+    plain = cut_chunks(x, 8)
+    assert plain.tolist()[1][0] == list(range(8, 16))
+    np.testing.assert_array_equal(join_chunks(plain), x)
+    with use_mesh(make_mesh(MeshConfig(data=2, sequence=4))):
+        cut, odd = cut_chunks(x, 8), cut_chunks(x, 6)
+        # Each of four devices holds six tokens, of which a chunk has two.
+        assert cut.tolist()[1][0] == [2, 3, 8, 9, 14, 15, 20, 21]
+        np.testing.assert_array_equal(join_chunks(cut), x)
+        np.testing.assert_array_equal(join_chunks(odd), x)
+        assert default_chunk(8, 24, 10**9) == 4
+    assert default_chunk(8, 24, 10**9) == 1

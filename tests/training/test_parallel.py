@@ -2,7 +2,7 @@
 
 Every family meets every mesh; the quick tests are a selection in which each family and each mesh occurs. All is
 float32; what differs is the order of sums: losses agree to 1e-5 relative, each gradient leaf to 2e-5 of its largest
-entry.
+entry (or of a thousandth of the largest of all, where that is more).
 """
 
 import functools
@@ -99,8 +99,10 @@ def check(name: str, mesh: str) -> None:
     value, grads = loss_and_gradients(name, make_mesh(MESHES[mesh]))
     expected, expected_grads = on_one_device(name)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
+    # Biases of keys have no gradient (a softmax does not see them): what is computed is rounding alone.
+    noise = 1e-3 * max(np.abs(y).max() for y in jax.tree.leaves(expected_grads))
     for (path, x), y in zip(trees.named_leaves(grads), jax.tree.leaves(expected_grads), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * np.abs(y).max(), err_msg=path)
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * max(np.abs(y).max(), noise), err_msg=path)
 
 
 def test_the_selection_has_every_family_and_mesh():
