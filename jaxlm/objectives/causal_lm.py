@@ -27,7 +27,8 @@ _ACCELERATOR_CHUNK_BYTES = 256 << 20
 IMPLEMENTATIONS = ("auto", "fused", "kernels", "reference")
 
 # Kernels take ten operations for each logit and weight where chunks take six, which also move a logit some six times.
-# By a v5e's 240 operations a byte that breaks even near a width of 1400; by arithmetic, not by measurement.
+# By what chips compute while they move a byte that breaks even at a width of about 1000 (v5p), 1400 (v5e) and 3400
+# (v6e); by arithmetic, not by measurement.
 _KERNEL_WIDTH = 1024
 
 Head = Callable[[Any, Float[Array, "batch length embed"]], Float[Array, "batch length vocab"]]

@@ -103,7 +103,7 @@ def test_any_shape(problem):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=25, derandomize=True, deadline=None, database=None)
 @given(some_problem)
 def test_many_shapes(problem):
     check_problem(**problem)

@@ -71,7 +71,7 @@ def test_kernels_of_any_shape(product):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=25, derandomize=True, deadline=None, database=None)
 @given(some_product)
 def test_kernels_of_many_shapes(product):
     check_product(**product)
