@@ -12,10 +12,19 @@ Here the old data are the code of the Python standard library without its docstr
 both as bytes; files that are held out are held out of both. The model of a cosine run on the code goes on with the
 docstrings under all combinations, its moments fresh (as with published weights) or kept. The upstream peak is tuned
 with a seed that is not judged; continued runs and runs from scratch have the same peaks to choose from, on the tuning
-text.
+text. 480 steps upstream and 240 in each of 15 continuations, twice.
+
+Expect of `small` (two x86 cores, jax 0.10.2, 2026-11; half an hour on a machine with much else to do), in nats a byte:
+downstream 1.97 continued at the upstream peak, 2.29 from scratch, 2.15 with a constant rate; upstream 2.02 before and
+2.13 after, with a jump of 0.29, 0.41 and 0.65 as the peak doubles. Two of seven claims hold, those on training from
+scratch and on earlier checkpoints. Warm-ups end 0.012 apart where less than 0.01 is asked for; twice the upstream peak
+is too high to be the best downstream, where nothing jumps but there. And the upstream run is far from done: on the same
+data re-warming jumps by 0.18 and then gains (1.90, and 1.97 with a constant rate), and a constant rate forgets more
+than small peaks do. The best upstream peak was the least of those tried. Fresh moments cost 0.002.
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -348,10 +357,12 @@ def _train(config: Config, folder: Path) -> Results:
     leg = population(before, "upstream", config.upstream_steps // LEGS, keep=True, restart=False)
     warmup = round(WARMUP * config.upstream_steps)
 
+    @functools.partial(jax.jit, static_argnums=0)
+    def init(tx: Any, key: Any, hparams: Mapping[str, Any]) -> Any:
+        return init_state(model.init(key)["params"], tx, key, hparams=hparams)
+
     def fresh(tx: Any, seed: int, hparams: Mapping[str, float]) -> Any:
-        return jax.jit(lambda key: init_state(model.init(key)["params"], tx, key, hparams=hparams))(
-            jax.random.key(seed)
-        )
+        return init(tx, jax.random.key(seed), hparams)
 
     def upstream(peak: float, seed: int) -> tuple[list[Any], float]:
         hparams = {"peak": peak, "warmup_steps": warmup, "end_fraction": config.end_fraction}
@@ -437,11 +448,14 @@ def _figures(config: Config, results: Results) -> list[Figure]:
 
     label, loss = "tokens of the continuation", "held-out loss, nats a byte"
     peaks = [CONSTANT, *map(_peak_name, config.peaks)]
-    warmups = [_warmup_name(w) for w in config.warmups]
+    by_warmup = tuple(
+        dataclasses.replace(line, name=f"{100 * share:g} %")
+        for share, line in zip(config.warmups, lines([_warmup_name(w) for w in config.warmups], "downstream"))
+    )
     return [
         Figure("Upstream, by peak", lines(peaks, "upstream"), label, loss),
         Figure("Downstream, by peak", lines([*peaks, _scratch_name(1.0)], "downstream"), label, loss),
-        Figure("Downstream, by warm-up", lines(warmups, "downstream"), label, loss),
+        Figure("Downstream, by warm-up", by_warmup, label, loss),
         Figure("On the same data", lines([SAME, SAME_CONSTANT], "upstream"), label, loss),
     ]
 

@@ -85,3 +85,12 @@ def test_grids_that_cannot_be_judged_are_refused():
     ):
         with pytest.raises(ConfigError, match=said):
             dataclasses.replace(CONFIG, **changes)
+
+
+def test_the_report_shows_every_run_and_every_warmup(results):
+    report = rewarm.report(CONFIG, results)
+    assert [row[0] for row in report.tables[0].rows] == list(results.courses)
+    rows = {row[0]: row for row in report.tables[0].rows}
+    assert rows["peak 2"][1:] == pytest.approx((2.7, 1.4, 0.0, 0.9, 0.9, "never", 0.7))
+    figure = next(f for f in report.figures if f.title == "Downstream, by warm-up")
+    assert [line.name for line in figure.series] == ["0 %", "0.5 %", "1 %", "2 %"]
