@@ -32,6 +32,7 @@ def test_equals_the_definition():
     assert result.loss == pytest.approx(nll / tokens, rel=1e-5)
     assert result.perplexity == pytest.approx(np.exp(nll / tokens), rel=1e-5)
     assert result.bits_per_byte == pytest.approx(nll / np.log(2) / count, rel=1e-5)
+    assert result.loss_per_byte == pytest.approx(nll / count, rel=1e-5)
 
 
 def test_rows_on_the_device_give_the_same():

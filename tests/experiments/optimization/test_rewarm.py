@@ -5,7 +5,7 @@ import pytest
 
 from experiments import runner
 from experiments.optimization import rewarm
-from experiments.optimization.rewarm import Course, Results
+from experiments.optimization.rewarm_runs import Course, Results, plan_continuations
 from jaxlm.core.errors import ConfigError
 
 CONFIG = rewarm.PRESETS["small"]
@@ -31,7 +31,7 @@ def course(up, down, spike=0.5):
 @pytest.fixture
 def results():
     """Runs of which every claim holds."""
-    courses = dict.fromkeys(rewarm._plan(CONFIG, 4e-3), course(2.5, 1.5, 0.5))
+    courses = dict.fromkeys(plan_continuations(CONFIG, 4e-3), course(2.5, 1.5, 0.5))
     courses["constant"] = course(2.1, 1.8, 0.0)
     courses["peak 0.5"] = course(2.4, 1.6, 0.3)
     courses["peak 2"] = course(2.7, 1.4, 0.9)
@@ -64,7 +64,7 @@ def test_a_claim_that_does_not_hold_is_seen(results, claim, name, worse):
 
 
 def test_the_grid_is_the_papers():
-    plan = rewarm._plan(CONFIG, 1e-2)
+    plan = plan_continuations(CONFIG, 1e-2)
     assert plan["constant"].hparams == {"peak": 1e-3, "warmup_steps": 0, "end_fraction": 1.0}
     assert plan["warm-up 2 %"].hparams["warmup_steps"] == 5
     assert {name: kind.start for name, kind in plan.items() if kind.start in (2, 3)} == {
@@ -85,3 +85,12 @@ def test_grids_that_cannot_be_judged_are_refused():
     ):
         with pytest.raises(ConfigError, match=said):
             dataclasses.replace(CONFIG, **changes)
+
+
+def test_the_report_shows_every_run_and_every_warmup(results):
+    report = rewarm.report(CONFIG, results)
+    assert [row[0] for row in report.tables[0].rows] == list(results.courses)
+    rows = {row[0]: row for row in report.tables[0].rows}
+    assert rows["peak 2"][1:] == pytest.approx((2.7, 1.4, 0.0, 0.9, 0.9, "never", 0.7))
+    figure = next(f for f in report.figures if f.title == "Downstream, by warm-up")
+    assert [line.name for line in figure.series] == ["0 %", "0.5 %", "1 %", "2 %"]
