@@ -11,7 +11,7 @@ import pytest
 from experiments import plan, pretrain
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.sharding import MeshConfig
-from jaxlm.planning import CHIPS, num_chips, parse_topology
+from jaxlm.planning import CHIPS, find_topology, num_chips, parse_topology
 
 ON_CPU = {"smoke", "small"}
 TPU = sorted(name for name, topology in pretrain.TOPOLOGIES.items() if topology.startswith("v"))
@@ -52,6 +52,20 @@ def test_a_cut_down_preset_fits_its_chips(name, least_effort):
     assert sum(found.kinds.values()) == pytest.approx(found.memory.arguments, rel=0.03)
     assert found.memory.aliased >= found.kinds["parameters"] + found.kinds["optimizer state"]
     assert found.executed_flops > found.model_flops
+
+
+def test_the_int8_preset_multiplies_int8_on_its_chips():
+    preset = pretrain.PRESETS["llama_1b_int8"]
+    model = dataclasses.replace(preset.model, num_layers=1, embed_dim=256, mlp_dim=512, num_heads=2, num_kv_heads=2)
+    data = dataclasses.replace(preset.data, sequence_length=128)
+    small = {"mesh": MeshConfig(data=4), "batch_size": 8, "micro_batches": 1, "model": model, "data": data}
+    preset = dataclasses.replace(preset, **small)
+    program = pretrain.make_program(preset, find_topology("v5e:2x2").devices)
+    text = program.step.lower(program.abstract_state, None, pretrain.abstract_batch(preset, program.mesh)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line and "xi8>" in line]
+    # Seven projections forward, all but the last again under remat, and their dgrad; wgrad stays wide.
+    assert len(products) == 7 + 6 + 7
+    assert all("xi32>" in line for line in products)
 
 
 @pytest.mark.slow
