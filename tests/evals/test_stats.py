@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import ConfigError, DataError
-from jaxlm.evals.stats import bootstrap, mcnemar, mean, wilson_interval
+from jaxlm.evals.stats import bootstrap, mcnemar, mean, spearman, wilson_interval
 
 
 def test_mean_of_a_proportion_has_the_closed_form():
@@ -86,3 +86,13 @@ def test_mcnemar_of_equals():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_rank_correlation_with_ties():
+    assert spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
+    assert spearman([1, 2, 3, 4], [9, 5, 2, 1]) == pytest.approx(-1)
+    # Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: Pearson's of these.
+    assert spearman([1, 2, 2, 3], [10, 30, 20, 40]) == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 3, 2, 4])[0, 1])
+    assert math.isnan(spearman([1, 1], [1, 2]))
+    with pytest.raises(DataError, match="columns of 2 and 3 items"):
+        spearman([1, 2], [1, 2, 3])

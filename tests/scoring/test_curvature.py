@@ -102,7 +102,7 @@ def test_the_fisher_trace_of_a_table_that_is_the_distribution_is_its_hessians():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_trace_of_a_transformers_loss_by_some_of_its_parameters(family):
-    model, params = tiny_decoder(family, num_layers=1, embed_dim=8, mlp_dim=12, vocab_size=16, num_heads=2)
+    model, params = tiny_decoder(family, num_layers=1, embed_dim=8, mlp_dim=12, vocab_size=16)
     ids = jnp.arange(10).reshape(2, 5)
     batch = {"inputs": ids, "targets": ids + 1, "loss_weights": jnp.ones((2, 5))}
     loss = objective_loss(CausalLM(model, implementation="reference"))
