@@ -166,12 +166,13 @@ def arm_population(
     *,
     sample: Callable[[Any, Any], Any],
     evaluate: Callable[[Any], Mapping[str, Any]],
+    objective: Any = None,
     start: Any = None,
 ) -> tuple[Any, Any]:
     """The `Population` of an arm, for causal language models, and its frozen argument.
 
-    `evaluate` gets all parameters, whatever is trained of them. `start`: parameters that every member begins from, by
-    default each has its own.
+    `evaluate` gets all parameters, whatever is trained of them. `objective` is by default `CausalLM`. `start`: what is
+    trained (`tune_and_judge`) begins from these parameters; by default each member has its own.
     """
     import jax
     import optax
@@ -185,7 +186,7 @@ def arm_population(
 
     model, how = Decoder(config.model), arm.parametrization
 
-    def draw(key: Any) -> Any:
+    def draw(key: Any, start: Any = None) -> Any:
         return parametrize(key, model.init(key)["params"] if start is None else start, how)
 
     def cut(params: Any) -> tuple[Any, Any]:
@@ -196,28 +197,34 @@ def arm_population(
         return stop_bases(params) if how.name == "relora" else params
 
     # What is never trained is the same for all seeds.
-    _, frozen = jax.jit(lambda key: cut(draw(key)))(jax.random.key(config.tuning_seed))
-    tx = arm.optimizer.make(
-        config.steps, adapted_axes(jax.eval_shape(draw, jax.random.key(0)), model.axes()), sweep=True
-    )
+    _, frozen = jax.jit(lambda key, start: cut(draw(key, start)))(jax.random.key(config.tuning_seed), start)
+    shapes = jax.eval_shape(draw, jax.random.key(0))
+    tx = arm.optimizer.make(config.steps, adapted_axes(shapes, model.axes()), sweep=True)
     if how.name == "relora":
         kinds = {"trained": tx, "base": optax.set_to_zero()}
         tx = optax.partition(kinds, lambda p: trees.map_named(lambda x, _: "base" if is_base(x) else "trained", p))
-    step = make_step(CausalLM(model), tx, build=build)
+    step = make_step(objective or CausalLM(model), tx, build=build)
     if arm.optimizer.reset_every:
         step = change_every(step, arm.optimizer.reset_every, lambda key, trainable: restart(key, trainable, how))
     population = Population(
-        init=lambda key, hparams: init_state(cut(draw(key))[0], tx, key, hparams=hparams),
+        init=lambda key, hparams, start=None: init_state(cut(draw(key, start))[0], tx, key, hparams=hparams),
         step=step,
         sample=sample,
         num_steps=config.steps,
         evaluate=lambda trainable: evaluate(trees.merge(trainable, frozen)),
+        view=getattr(arm.optimizer, "view", None),
     )
     return population, frozen
 
 
 def tune_and_judge(
-    config: StudyConfig, name: str, population: Any, rates: Sequence[float], folder: Path, frozen: Any = None
+    config: StudyConfig,
+    name: str,
+    population: Any,
+    rates: Sequence[float],
+    folder: Path,
+    frozen: Any = None,
+    start: Any = None,
 ) -> ArmResult:
     """Trains a `Population` at each learning rate, and at the best one with each of the seeds that are judged.
 
@@ -229,7 +236,7 @@ def tune_and_judge(
     from jaxlm.training import Member
 
     def train(members: Sequence[Member]) -> list[Any]:
-        return population.train(members, frozen=frozen, folder=folder, keep_params=True, report=say)
+        return population.train(members, frozen=frozen, start=start, folder=folder, keep_params=True, report=say)
 
     def member(rate: float, seed: int) -> Member:
         return Member(f"{name} {rate:g} {seed}", seed, {"learning_rate": rate})

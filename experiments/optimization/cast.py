@@ -240,13 +240,14 @@ def retrain(config: Config, arm: str, base: Base, text: bases.Text, rates: Seque
         return fixed if arm == "static" else magnitude_masks(trainable, *nm)
 
     population = Population(
-        init=lambda key, hparams: init_state(start, tx, key, hparams=hparams),
+        init=lambda key, hparams, start: init_state(start, tx, key, hparams=hparams),
         step=step,
         sample=lambda key, step: text.train.sample(key, step, config.batch_size),
         num_steps=config.steps,
         evaluate=evaluate,
     )
-    return bases.tune_and_judge(config, arm, population, rates, folder, frozen={"dense": base.params, "masks": fixed})
+    frozen = {"dense": base.params, "masks": fixed}
+    return bases.tune_and_judge(config, arm, population, rates, folder, frozen, start)
 
 
 def report(config: Config, base: Base, pruned: float, results: Mapping[str, ArmResult]) -> Report:

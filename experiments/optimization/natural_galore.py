@@ -252,7 +252,7 @@ def run_tools(config: ToolConfig, out: Path) -> dict[str, tuple[ArmResult | None
     found: dict[str, tuple[ArmResult | None, list[float]]] = {"before": (None, [plan_accuracy(config, base, judge)])}
     for name, arm in tool_arms(config).items():
         tuned, frozen = population(arm, rows(train), config.steps, base)
-        result = bases.tune_and_judge(config, name, tuned, arm.rates, out, frozen)
+        result = bases.tune_and_judge(config, name, tuned, arm.rates, out, frozen, base)
         whole = [trees.merge(outcome.params, frozen) for outcome in result.outcomes]
         found[name] = (result, [plan_accuracy(config, params, judge) for params in whole])
     return found

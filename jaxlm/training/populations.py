@@ -90,6 +90,8 @@ class Population:
         and `vmap` elsewhere. `loop` and `map` give the same bits, and `loop` keeps members as they are done.
       devices: among which members are divided, by default the first alone; each gets whole members.
       tokens_per_step: in a batch, for accounts of tokens.
+      view: what of a state is evaluated, tracked and returned as `params`, by default `state.trainable`; an optimizer
+        that averages weights has others. Shapes stay.
       track: like `evaluate`, but before the first step and after every `track_every` steps, which divide `num_steps`.
     """
 
@@ -101,6 +103,7 @@ class Population:
     how: str = "auto"
     devices: tuple[jax.Device, ...] = ()
     tokens_per_step: int | None = None
+    view: Callable[[TrainState], Any] | None = None
     track: Evaluation | None = None
     track_every: int = 0
 
@@ -236,7 +239,8 @@ class Population:
                 if m.name not in outcomes
                 and (done == self.num_steps or (stop is not None and stop(m, {n: x[i] for n, x in history.items()})))
             ]  # fmt: skip
-            results = {} if self.evaluate is None or not ending else jax.device_get(self._finish(states.trainable))
+            seen = self._seen(states) if ending else None
+            results = {} if self.evaluate is None or not ending else jax.device_get(self._finish(seen))
             seconds = (time.perf_counter() - started) / len(group)
             for i in ending:
                 outcomes[group[i].name] = outcome = Outcome(
@@ -244,7 +248,7 @@ class Population:
                     {name: x[i] for name, x in history.items()},
                     _results({name: float(x[i]) for name, x in results.items()}, history, i),
                     seconds,
-                    jax.tree.map(lambda x, i=i: x[i], states.trainable) if keep_params else None,
+                    jax.tree.map(lambda x, i=i: x[i], seen) if keep_params else None,
                     _member_state(states, i) if keep_state else None,
                     {name: x[i] for name, x in tracked.items()},
                 )
@@ -257,7 +261,10 @@ class Population:
         return [outcomes[m.name] for m in group]
 
     def _measure(self, states: TrainState) -> dict[str, np.ndarray]:
-        return {name: np.asarray(x)[:, None] for name, x in self._track(states.trainable).items()}
+        return {name: np.asarray(x)[:, None] for name, x in self._track(self._seen(states)).items()}
+
+    def _seen(self, states: TrainState) -> Any:
+        return states.trainable if self.view is None else self._viewed(dataclasses.replace(states, step=None))
 
     @functools.cached_property
     def _start(self) -> Callable[..., TrainState]:
@@ -276,6 +283,11 @@ class Population:
             return divided(states, data_keys, frozen)
 
         return jax.jit(advance, static_argnames="length", donate_argnums=0)
+
+    @functools.cached_property
+    def _viewed(self) -> Callable[[TrainState], Any]:
+        without_step = dataclasses.replace(_STATE, step=None)
+        return jax.jit(self._divided(lambda x: _each(self._how, self.view, x), (without_step,), _members()))
 
     @functools.cached_property
     def _finish(self) -> Callable[[Any], dict]:
