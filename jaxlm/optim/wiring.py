@@ -192,13 +192,13 @@ def _decay(
 ) -> list[optax.GradientTransformation]:
     roles.roles(axes)  # a leaf without a role is an error before any compute
     chosen = roles.as_predicate(decay)
+    if isinstance(weight_decay, FromHparams):
+        return [_decay_from_hparams(weight_decay, lambda params: roles.mask(params, axes, chosen))]
     if is_known(weight_decay) and not weight_decay >= 0:
         raise ConfigError(f"weight_decay is {weight_decay}, expected >= 0")
     # A plain 0 leaves the link out; an injected one may change, and the chain may not.
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         return []
-    if isinstance(weight_decay, FromHparams):
-        return [_decay_from_hparams(weight_decay, lambda params: roles.mask(params, axes, chosen))]
     return [optax.add_decayed_weights(weight_decay, mask=lambda params: roles.mask(params, axes, chosen))]
 
 
