@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 
 COLAB = Path(__file__).resolve().parents[2] / "colab"
 PRETRAIN, FINETUNE, KERNELS = "01_pretrain.ipynb", "02_finetune_smollm2.ipynb", "03_kernels_and_quantization.ipynb"
+OPTIMIZERS = "04_choose_an_optimizer.ipynb"
 
 # What is made smaller for the test: text of a cell and what it becomes.
 SMALLER = {
@@ -28,6 +29,12 @@ SMALLER = {
         "[:4000]": "[:300]",
         "group=32": "group=16",
         "group=128": "group=16",
+    },
+    OPTIMIZERS: {
+        'arms = ("adamw", "scale", "muon", "apollo_mini", "lion")': 'arms = ("adamw", "lion")',
+        "dataclasses.replace(benchmark.SMALL, arms=arms, steps=60": (
+            'dataclasses.replace(benchmark.PRESETS["smoke"], arms=arms, steps=2'
+        ),
     },
 }
 
@@ -101,6 +108,15 @@ assert abs(value["8 bits, a scale a column"] / value["float32"] - 1) < 0.02
 assert abs(value["4 bits, blocks of 32, minimum"] / value["float32"] - 1) < 1e-3
 """
     execute(KERNELS, {}, KERNELS_AGREE + close)
+
+
+def test_choose_an_optimizer(execute):
+    check = """
+assert {row[0] for row in table.rows} == {"adamw", "lion"}
+assert losses[-1] < losses[0] - 1
+assert memory["scale"] < 0.4 * memory["adamw"]
+"""
+    assert "GB for weights and state" in execute(OPTIMIZERS, SMALLER[OPTIMIZERS], check)
 
 
 @pytest.fixture
