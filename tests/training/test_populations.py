@@ -132,7 +132,7 @@ def test_one_program_gives_the_same_bits_and_many_devices_the_same_members(loope
             chex.assert_trees_all_equal(one.params, other.params)
             assert one.results == other.results
             np.testing.assert_array_equal(one.history["loss"], other.history["loss"])
-        chex.assert_trees_all_close(one.params, other.params, atol=1e-6)
+        chex.assert_trees_all_close(one.params, other.params, atol=1e-5)
         # A sum that is only reported may be fused otherwise in another program.
         chex.assert_trees_all_close(one.history, other.history, rtol=1e-5)
 
