@@ -29,7 +29,7 @@ from jaxlm.optim import roles
 from jaxlm.optim.low_precision import apply_rounded_updates, keep_state_in
 from jaxlm.weights import Weight, require_native, under_policy
 
-FIRST_LOSS_SCALE, LOSS_SCALE_PERIOD = 2.0**16, 2000
+FIRST_LOSS_SCALE, LARGEST_LOSS_SCALE, LOSS_SCALE_PERIOD = 2.0**16, 2.0**40, 2000
 """A loss scale starts there, doubles after so many finite steps on end, and is halved by a step that is not finite."""
 
 
@@ -192,7 +192,8 @@ def _fresh_scaling(leading: tuple[int, ...], length: int) -> dict[str, Array]:
 def _next_loss_scale(state: Mapping[str, Array], finite: Array) -> dict[str, Array]:
     count = jnp.where(finite, state["finite"] + 1, 0)
     grow = count >= LOSS_SCALE_PERIOD
-    scale = jnp.where(finite, jnp.where(grow, 2 * state["scale"], state["scale"]), jnp.maximum(state["scale"] / 2, 1.0))
+    larger = jnp.where(grow, jnp.minimum(2 * state["scale"], LARGEST_LOSS_SCALE), state["scale"])
+    scale = jnp.where(finite, larger, jnp.maximum(state["scale"] / 2, 1.0))
     return {"scale": scale, "finite": jnp.where(grow, 0, count)}
 
 

@@ -167,6 +167,16 @@ def test_the_loss_scale_keeps_small_float16_gradients_and_changes_nothing_else()
     assert float(jnp.linalg.norm(kernels[1] - kernels[0]) / jnp.linalg.norm(kernels[0])) > 0.05
 
 
+def test_the_loss_scale_doubles_after_2000_finite_steps_on_end():
+    observe = recipe("float16").objective.observe
+    state = {"scaling": None, "inner": None, "loss_scale": {"scale": jnp.float32(8), "finite": jnp.int32(1998)}}
+    seen = []
+    for finite in (True, True, True, False, True):
+        state = observe(state, {"amax": None, "inner": None}, jnp.array(finite))
+        seen.append((float(state["loss_scale"]["scale"]), int(state["loss_scale"]["finite"])))
+    assert seen == [(8, 1999), (16, 0), (16, 1), (8, 0), (8, 1)]
+
+
 def test_resume_is_exact_under_delayed_scaling(tmp_path):
     found = recipe(delayed())
     step = compiled(found)
