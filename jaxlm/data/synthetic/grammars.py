@@ -300,7 +300,8 @@ def root_labels(
     spans = jnp.stack([chart.span(0, width) for width in range(1, words.shape[1] + 1)], axis=1)
     whole = jnp.take_along_axis(spans, (lengths - 1)[:, None, None], axis=1)[:, 0]
     start = jnp.asarray(grammar.start, jnp.float32)
-    return jnp.argmax(jnp.where(start > 0, whole + jnp.log(jnp.maximum(start, 1e-37)), 2 * _IMPOSSIBLE), axis=-1)
+    prior = jnp.where(start > 0, jnp.log(jnp.maximum(start, 1e-37)), 2 * _IMPOSSIBLE)
+    return jnp.argmax(whole + prior[None], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
