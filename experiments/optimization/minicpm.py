@@ -231,11 +231,11 @@ def report(config: Config, results: Results) -> Report:
                 line
                 for size in dict.fromkeys(n)
                 for line in (
-                    Series(f"{size:,.0f} parameters", *_column(results.law, size), "points"),
                     Series(f"{size:,.0f}, law", *_column(zip(n, d, fitted, strict=True), size), "faint"),
+                    Series(f"{size:,.0f} parameters", *_column(results.law, size), "points"),
                 )
             ),
-            "tokens",
+            "thousand tokens",
             "nats a byte",
             x_scale="log",
         ),
@@ -366,7 +366,7 @@ def _place(losses: Sequence[float]) -> int:
 
 def _column(points: Any, size: float) -> tuple[list[float], list[float]]:
     chosen = [(tokens, loss) for n, tokens, loss in points if n == size]
-    return [x for x, _ in chosen], [y for _, y in chosen]
+    return [x / 1000 for x, _ in chosen], [y for _, y in chosen]
 
 
 def _curve(config: Config, width: int, losses: Sequence[float]) -> Series:
