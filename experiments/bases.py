@@ -10,6 +10,7 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.data.prepare import DataConfig
 from jaxlm.models.config import DecoderConfig
 from jaxlm.optim.config import OptimizerConfig
+from jaxlm.peft.parametrizations import Parametrization, is_base, parametrize, restart, stop_bases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,12 @@ class StudyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """An arm's optimizer, and the learning rates that it is tuned over."""
+    """An arm's optimizer, the learning rates that it is tuned over, and what its kernels are made of."""
 
     optimizer: OptimizerConfig
     rates: tuple[float, ...]
+    parametrization: Parametrization = Parametrization()
+    """With `optimizer.reset_every`, restarts of the optimizer are restarts of the parametrization too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class ArmResult:
 
     `tuned`: loss on the tuning text by learning rate (not finite where a run diverged). `rate`: the best of them.
     `losses`: on the judging text, a seed each. `history`: training loss of each step, mean over seeds. `params`: of the
-    first seed.
+    first seed. `outcomes`: all there is of the judged runs.
     """
 
     tuned: Mapping[float, float]
@@ -69,11 +72,17 @@ class ArmResult:
     history: tuple[float, ...]
     seconds_a_step: float
     params: Any
+    outcomes: Sequence[Any] = ()
 
     @property
     def loss(self) -> float:
         """Mean over seeds."""
         return statistics.fmean(self.losses)
+
+    @property
+    def spread(self) -> float:
+        """Between the best and the worst seed."""
+        return max(self.losses) - min(self.losses)
 
     @property
     def is_at_an_edge(self) -> bool:
@@ -112,43 +121,87 @@ def compare_arms(config: StudyConfig, arms: Mapping[str, Arm], text: Text, out: 
 
 
 def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path) -> ArmResult:
-    import numpy as np
+    import jax
+    import optax
 
+    from jaxlm.core import trees
     from jaxlm.evals import resident_loss
     from jaxlm.models import Decoder
     from jaxlm.objectives import CausalLM
-    from jaxlm.training import Member, Population, init_state, make_step
+    from jaxlm.optim.roles import label
+    from jaxlm.peft.lora import adapted_axes
+    from jaxlm.training import Population, change_every, init_state, make_step
 
-    model = Decoder(config.model)
+    model, how = Decoder(config.model), arm.parametrization
     objective = CausalLM(model)
-    tx = arm.optimizer.make(config.steps, model.axes(), sweep=True)
+
+    def draw(key: Any) -> tuple[Any, Any]:
+        """What is trained and what is not, of fresh parameters."""
+        params = parametrize(key, model.init(key)["params"], how)
+        return trees.partition(params, how.is_trained, label(params, adapted_axes(params, model.axes())))
+
+    def build(trainable: Any, frozen: Any, step: Any) -> Any:
+        params = trees.merge(trainable, frozen, step)
+        return stop_bases(params) if how.name == "relora" else params
+
+    # What is never trained is the same for all seeds.
+    _, frozen = jax.jit(draw)(jax.random.key(config.tuning_seed))
+    shapes = jax.eval_shape(lambda key: parametrize(key, model.init(key)["params"], how), jax.random.key(0))
+    tx = arm.optimizer.make(config.steps, adapted_axes(shapes, model.axes()), sweep=True)
+    if how.name == "relora":
+        kinds = {"trained": tx, "base": optax.set_to_zero()}
+        tx = optax.partition(kinds, lambda p: trees.map_named(lambda x, _: "base" if is_base(x) else "trained", p))
+    step = make_step(objective, tx, build=build)
+    if arm.optimizer.reset_every:
+        step = change_every(step, arm.optimizer.reset_every, lambda key, trainable: restart(key, trainable, how))
     tuning_loss, judge_loss = (resident_loss(objective, rows, config.batch_size) for rows in (text.tuning, text.judge))
 
+    def evaluate(trainable: Any) -> dict[str, Any]:
+        params = trees.merge(trainable, frozen)
+        return {"tuning": tuning_loss(params), "judge": judge_loss(params)}
+
     population = Population(
-        init=lambda key, hparams: init_state(model.init(key)["params"], tx, key, hparams=hparams),
-        step=make_step(objective, tx),
+        init=lambda key, hparams: init_state(draw(key)[0], tx, key, hparams=hparams),
+        step=step,
         sample=lambda key, step: text.train.sample(key, step, config.batch_size),
         num_steps=config.steps,
-        evaluate=lambda params: {"tuning": tuning_loss(params), "judge": judge_loss(params)},
+        evaluate=evaluate,
     )
+    return tune_and_judge(config, name, population, arm.rates, folder, frozen)
+
+
+def tune_and_judge(
+    config: StudyConfig, name: str, population: Any, rates: Sequence[float], folder: Path, frozen: Any = None
+) -> ArmResult:
+    """Trains a `Population` at each learning rate, and at the best one with each of the seeds that are judged.
+
+    Its members read `hparams["learning_rate"]`; its `evaluate` gives `tuning` and `judge`. With a single rate there is
+    nothing to tune, and no run for it. Otherwise as `compare_arms`.
+    """
+    import numpy as np
+
+    from jaxlm.training import Member
 
     def train(members: Sequence[Member]) -> list[Any]:
-        return population.train(members, folder=folder, keep_params=True, report=_say)
+        return population.train(members, frozen=frozen, folder=folder, keep_params=True, report=say)
 
     def member(rate: float, seed: int) -> Member:
         return Member(f"{name} {rate:g} {seed}", seed, {"learning_rate": rate})
 
     tuned: dict[float, float] = {}
-    untried = list(arm.rates)
+    untried = list(rates) if len(rates) > 1 else []
+    best = rates[0]
     while untried:
         for outcome in train([member(rate, config.tuning_seed) for rate in untried]):
             tuned[outcome.member.hparams["learning_rate"]] = outcome.results["tuning"]
         finite = {rate: loss for rate, loss in tuned.items() if np.isfinite(loss)}
         if not finite:
-            raise ConfigError(f"arm '{name}' diverges at each of the learning rates {arm.rates}: try smaller ones")
+            raise _diverged(name, rates)
         best = min(finite, key=finite.__getitem__)
-        untried = _beyond(best, sorted(tuned)) if len(tuned) < len(arm.rates) + _MORE_RATES else []
+        untried = _beyond(best, sorted(tuned)) if len(tuned) < len(rates) + _MORE_RATES else []
     judged = train([member(best, seed) for seed in config.seeds])
+    if not any(np.isfinite(outcome.results["judge"]) for outcome in judged):
+        raise _diverged(name, [best])
     history = np.mean([outcome.history["loss"] for outcome in judged], axis=0)
     return ArmResult(
         tuned=tuned,
@@ -157,6 +210,7 @@ def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path)
         history=tuple(history.tolist()),
         seconds_a_step=min(outcome.seconds for outcome in judged) / config.steps,
         params=judged[0].params,
+        outcomes=tuple(judged),
     )
 
 
@@ -172,6 +226,11 @@ def _beyond(best: float, tried: list[float]) -> list[float]:
     return []
 
 
-def _say(outcome: Any) -> None:
+def _diverged(name: str, rates: Sequence[float]) -> ConfigError:
+    return ConfigError(f"arm '{name}' diverges at each of the learning rates {tuple(rates)}: try smaller ones")
+
+
+def say(outcome: Any) -> None:
+    """One line for a finished member."""
     losses = ", ".join(f"{name} {value:.4f}" for name, value in outcome.results.items())
     print(f"{outcome.member.name}: {losses} ({outcome.seconds:.0f} s)", flush=True)

@@ -4,6 +4,8 @@
     python -m experiments.plan --preset llama_7b --topology v5p:4x4x4 --mesh fsdp=64
     python -m experiments.plan --preset llama_1b --topology v5e:4x4 --search 6
     python -m experiments.plan --topology v6e:2x2 --step decode --mesh tensor=4 --batch_size 32 --length 2048
+    python -m experiments.plan --topology v5e:4x4 --step rl --mesh fsdp=16 --batch_size 256 --length 1024 --members 8
+    python -m experiments.plan --topology h200 --step qlora --mesh data=1 --batch_size 16 --micro_batches 1
 
 Prints bytes a chip (parameters, optimizer state, batch, the rest) against the chip's memory, operations and bytes
 moved, the least time that these and the collectives take, and the compiler's own estimate where it makes one. No
@@ -36,9 +38,12 @@ class Config:
     topology: str = ""
     """`v5e:16x16`, `v5p:2x4x4`, `v6e:4x4`, `h200`, `h200:8`; by default the preset's own."""
     experiment: str = "pretrain"
-    """A module of `experiments` with `PRESETS`, `TOPOLOGIES`, `make_program` and `abstract_batch`."""
-    step: Literal["train", "decode"] = "train"
-    """The training step, or the generation of one token for each row of the batch."""
+    """A module of `experiments` with `PRESETS`, `TOPOLOGIES` and `make_program`."""
+    step: Literal["train", "rl", "lora", "qlora", "decode"] = "train"
+    """The pretraining step; a GRPO step beside a frozen reference; one of adapters over a base in bfloat16, or packed
+    in 4 bits; or the generation of one token for each row of the batch."""
+    members: int = 8
+    """Samples of a prompt in the batch of `rl`."""
     mesh: str = ""
     """In place of the preset's: `fsdp=64,tensor=4`; axes that are not named are 1."""
     remat: str | None = None
@@ -52,7 +57,7 @@ class Config:
     """Where the plan goes, as JSON."""
 
     def __post_init__(self):
-        for name in ("batch_size", "micro_batches", "length"):
+        for name in ("batch_size", "micro_batches", "length", "members"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, expected at least 1")
@@ -60,7 +65,7 @@ class Config:
             raise ConfigError(f"search is {self.search}, expected 0 or more")
         given = [name for name in ("mesh", "remat", "micro_batches") if getattr(self, name)]
         if self.search and (given or self.step != "train"):
-            what = f"leave out --{' --'.join(given)}" if given else "it has none for decoding"
+            what = f"leave out --{' --'.join(given)}" if given else f"not of --step {self.step}"
             raise ConfigError(f"--search chooses mesh, remat and micro_batches of the training step: {what}")
 
 
@@ -98,8 +103,8 @@ def resolve(config: Config) -> tuple[Any, Any, Config]:
         from experiments import catalog
 
         raise ConfigError(catalog.unknown(f"experiments.{config.experiment}")) from error
-    if not all(hasattr(module, name) for name in ("PRESETS", "TOPOLOGIES", "make_program", "abstract_batch")):
-        raise ConfigError(f"experiments.{config.experiment} cannot be planned: it has no TOPOLOGIES and abstract_batch")
+    if not all(hasattr(module, name) for name in ("PRESETS", "TOPOLOGIES", "make_program")):
+        raise ConfigError(f"experiments.{config.experiment} cannot be planned: it has no TOPOLOGIES")
     if config.preset not in module.PRESETS:
         raise ConfigError(f"no preset '{config.preset}': {nearest(config.preset, module.PRESETS)}")
     topology = config.topology or module.TOPOLOGIES.get(config.preset)
@@ -137,7 +142,8 @@ def parse_mesh(text: str) -> MeshConfig:
 
 def plan_preset(module: Any, preset: Any, config: Config) -> Any:
     """The `jaxlm.planning.Plan` of a resolved preset."""
-    from jaxlm.planning import make_plan
+    from jaxlm import planning
+    from jaxlm.compression import QuantizeConfig
 
     topology = find_topology(config.topology)
     try:
@@ -146,58 +152,27 @@ def plan_preset(module: Any, preset: Any, config: Config) -> Any:
         hint = f"give a mesh for {config.topology}, for example --mesh fsdp={len(topology.devices)}"
         raise ConfigError(f"{error}; {hint}") from error
     program = module.make_program(preset, topology.devices)
-    if config.step == "decode":
-        lowered, arguments, flops = lower_decode(program, preset)
-        return make_plan(lowered, topology, arguments, model_flops=flops, executed_flops=flops)
-    from jaxlm.models.flops import executed_flops_per_token, train_flops_per_token
-
-    state, batch = program.abstract_state, module.abstract_batch(preset, program.mesh)
-    tokens, length = preset.batch_size * preset.data.sequence_length, preset.data.sequence_length
-    return make_plan(
-        program.step.lower(state, None, batch),
+    sizes = {"batch_size": preset.batch_size, "length": preset.data.sequence_length}
+    parts = (program.model, preset.optimizer, program.mesh)
+    match config.step:
+        case "train":
+            step = planning.train_step(program, planning.abstract_batch(program.mesh, *sizes.values()))
+        case "rl":
+            step = planning.policy_step(*parts, **sizes, members=config.members, micro_batches=preset.micro_batches)
+        case "lora":
+            step = planning.adapter_step(*parts, **sizes, micro_batches=preset.micro_batches)
+        case "qlora":
+            packed = QuantizeConfig(bits=4, group=64)
+            step = planning.adapter_step(*parts, **sizes, quantize=packed, micro_batches=preset.micro_batches)
+        case "decode":
+            step = planning.decode_step(program, **sizes)
+    return planning.make_plan(
+        step.lowered,
         topology,
-        {
-            "parameters": state.trainable,
-            "optimizer state": state.opt_state,
-            "batch": batch,
-            "other state": (state.step, state.key, state.extra, state.hparams),
-        },
-        model_flops=tokens * train_flops_per_token(preset.model, length),
-        executed_flops=tokens * executed_flops_per_token(preset.model, length),
+        step.arguments,
+        model_flops=step.model_flops,
+        executed_flops=step.executed_flops,
     )
-
-
-def lower_decode(program: Any, preset: Any) -> tuple[Any, dict[str, Any], float]:
-    """The step that generates one token a row, parameters in the format of the activations, cache full to the end."""
-    import functools
-
-    import jax
-    import jax.numpy as jnp
-
-    from jaxlm.core import sharding
-    from jaxlm.decoding import DecoderStepper
-    from jaxlm.models.flops import decode_flops_per_token
-
-    model, mesh, c = program.model, program.mesh, preset.model
-    stepper = DecoderStepper(model)
-    shapes = model.abstract_params()
-    places = sharding.shardings(mesh, model.axes(), shapes, program.rules)
-    dtype = c.precision.activation_dtype
-    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, places)
-    cache = jax.eval_shape(lambda: stepper.init(None, preset.batch_size, preset.data.sequence_length))
-    rules = {**sharding.RULES, **program.rules}
-
-    def place(x: Any) -> Any:
-        names = (None, "batch", "act_kv_heads", None, None) if x.ndim == 5 else ("batch",) * x.ndim
-        where = jax.sharding.NamedSharding(mesh, sharding.partition_spec(names, rules))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    cache = dataclasses.replace(jax.tree.map(place, cache), empty=False)
-    tokens = jax.ShapeDtypeStruct((preset.batch_size, 1), jnp.int32, sharding=sharding.batch_sharding(mesh, 2))
-    out = (None, jax.tree.map(lambda x: x.sharding, cache))
-    step = program.jit(functools.partial(stepper.step, last_only=True), donate_argnums=1, out_shardings=out)
-    flops = preset.batch_size * decode_flops_per_token(c, preset.data.sequence_length)
-    return step.lower(params, cache, tokens), {"parameters": params, "cache": cache, "tokens": tokens}, flops
 
 
 def search(config: Config, preset: Any) -> list[dict[str, Any]]:
@@ -288,6 +263,8 @@ def _refusal(plan: Any, preset: Any, config: Config) -> str:
         message += f"\nthe compiler: {plan.refusal.splitlines()[0]}"
     if config.step == "decode":
         return message + "\nfewer rows (--batch_size), a shorter cache (--length) or --mesh tensor=... need less"
+    if config.step != "train":
+        return message + "\nmore --micro_batches, --remat full, shorter rows or more fsdp need less"
     expected = [c for c in _candidates(config, preset) if c.memory <= 0.9 * plan.chip.memory][:3]
     if not expected:
         return message + f"\nno mesh or micro-batch should fit {plan.topology} either: take more chips or larger ones"

@@ -164,18 +164,6 @@ TOPOLOGIES: Mapping[str, str] = {
 """The machine that each accelerator preset is for: `python -m experiments.plan --preset NAME` compiles it for that."""
 
 
-def abstract_batch(config: Config, mesh: Any) -> dict[str, Any]:
-    """The shapes of a global batch, laid out on `mesh`: what a step is compiled for."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxlm.core.sharding import batch_sharding
-
-    shape = (config.batch_size, config.data.sequence_length)
-    dtypes = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32) | {"loss_weights": jnp.float32}
-    return {k: jax.ShapeDtypeStruct(shape, d, sharding=batch_sharding(mesh, 2)) for k, d in dtypes.items()}
-
-
 def make_program(config: Config, devices: Any = None) -> Any:
     """The `jaxlm.training.Program` of a configuration, on its mesh over `devices` (by default all)."""
     from jaxlm.core.sharding import make_mesh

@@ -4,7 +4,7 @@ Glentis, Li, Han and Hong, "A Minimalist Optimizer Design for LLM Pretraining", 
 SGD match Adam in pretraining: every gradient matrix is normalized by columns (output units), and the language-model
 head, whose gradient varies most from batch to batch, has momentum. Optimizer state: the head's momentum.
 
-    python -m experiments.optimization.scale                        # small: 8 minutes on two CPU cores
+    python -m experiments.optimization.scale                        # small: 7 minutes on two CPU cores
     python -m experiments.optimization.scale --preset ablation      # all normalizations and uses of momentum
 
 Arms share model, data and steps. Each is tuned over four learning rates of its own (and more where the best lies at an
@@ -28,6 +28,7 @@ from jaxlm.data.prepare import DataConfig
 from jaxlm.models.config import DecoderConfig
 from jaxlm.optim.config import OptimizerConfig, ScaleOptions
 from jaxlm.reporting import Claim, Figure, Report, Series, Table
+from jaxlm.reporting.figures import smooth
 
 # The paper's schedule: linear warm-up over a tenth, cosine to a tenth; no weight decay, no clipping.
 _SCHEDULE: dict[str, Any] = {
@@ -110,7 +111,7 @@ def run(config: Config, out: Path) -> Report:
 
 def report(results: Mapping[str, ArmResult], variance: Mapping[str, float]) -> Report:
     """Tables, figures and claims of a finished comparison."""
-    rows = tuple((name, r.rate, r.loss, _spread(r), r.is_at_an_edge) for name, r in results.items())
+    rows = tuple((name, r.rate, r.loss, r.spread, r.is_at_an_edge) for name, r in results.items())
     columns = ("optimizer", "learning rate", "loss", "seeds apart", "at an edge")
     arms = Table("Held-out loss, nats a token", columns, rows)
     memory = Table(
@@ -123,10 +124,10 @@ def report(results: Mapping[str, ArmResult], variance: Mapping[str, float]) -> R
     if variance:
         ordered = sorted(variance.items(), key=lambda item: -item[1])
         tables.append(Table("Variance of the gradient from batch to batch", ("matrix", "variance"), tuple(ordered)))
-    curves = tuple(Series(name, range(1, len(r.history) + 1), _smooth(r.history)) for name, r in results.items())
+    curves = tuple(Series(name, range(1, len(r.history) + 1), smooth(r.history)) for name, r in results.items())
     rates = tuple(Series(name, tuple(r.tuned), tuple(r.tuned.values())) for name, r in results.items())
     figures = (
-        Figure("Training loss", curves, "step", "nats a token (mean of 10 steps)"),
+        Figure("Training loss", curves, "step", "nats a token (smoothed)"),
         Figure("Tuning", _finite(rates), "learning rate", "nats a token on the tuning text", x_scale="log"),
     )
     numbers = {f"loss, {name}": r.loss for name, r in results.items()}
@@ -208,14 +209,6 @@ def _memory_row(size: str) -> tuple[str, float, float, float, float]:
     muon = model_bytes("muon", params, axes, muon_roles=("matrix", "embed", "head")) / 1e9
     scale = model_bytes("scale", params, axes) / 1e9
     return size, adam, muon, scale, scale / adam
-
-
-def _spread(result: ArmResult) -> float:
-    return max(result.losses) - min(result.losses)
-
-
-def _smooth(values: tuple[float, ...], width: int = 10) -> list[float]:
-    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 
 
 def _finite(lines: tuple[Series, ...]) -> tuple[Series, ...]:

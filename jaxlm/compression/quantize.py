@@ -105,6 +105,30 @@ def quantize(params: Any, config: QuantizeConfig, axes: Any = None) -> Any:
     return out
 
 
+def abstract_quantize(params: Any, config: QuantizeConfig, axes: Any = None) -> Any:
+    """The shapes of what `quantize` returns, from the shapes of the parameters; nothing is computed of their size."""
+
+    def convert(path: str, w: Any) -> Any:
+        axis = _blocked_axis(path, w, config)
+        if axis is None or any(fnmatch.fnmatch(path, pattern) for pattern in config.skip):
+            return w
+        # Along the other axis all is alike: eight of it tell the rest.
+        other = -3 - axis
+        size = list(w.shape[-2:])
+        size[other] = 8
+        small = _convert(path, jnp.zeros(size, w.dtype), config, axis, names.get(path))
+
+        def widen(x: Array) -> jax.ShapeDtypeStruct:
+            shape = list(x.shape)
+            shape[other] = w.shape[other]
+            return jax.ShapeDtypeStruct((*w.shape[:-2], *shape), x.dtype)
+
+        return jax.tree.map(widen, small)
+
+    names = {} if axes is None else dict(trees.named_leaves(axes, is_leaf=sharding.is_axes))
+    return trees.map_named(convert, params)
+
+
 def quantize_matrix(w: Float[Array, "*batch in out"], config: QuantizeConfig, axis: int = -2) -> Quantized:
     """One matrix, or a stack of them, in blocks along `axis`. Raises `ConfigError` when its size does not fit."""
     return _convert("matrix", w, config, axis, None)

@@ -41,6 +41,7 @@ RULES: Rules = {
     "mlp": "tensor",
     "norm": None,
     "rank": None,
+    "scale_groups": None,
     # activations
     "batch": BATCH_AXES,
     "length": "sequence",

@@ -31,6 +31,7 @@ from jaxlm.optim.projection import Projection
 from jaxlm.optim.reset import reset_state_every
 from jaxlm.optim.schedules import Schedule, quick_recovery, rewarm, warmup_stable_decay
 from jaxlm.optim.spam import scale_by_spam, scale_by_stable_spam, spam, stable_spam
+from jaxlm.optim.sparse import add_masked_decay, cast, decay_budget, scale_by_cast
 from jaxlm.optim.wiring import DECAYED_ROLES
 
 __all__ = [
@@ -41,10 +42,13 @@ __all__ = [
     "Projection",
     "Schedule",
     "adamw",
+    "add_masked_decay",
     "adamw_8bit",
     "apollo",
     "apollo_mini",
     "apply_rounded_updates",
+    "cast",
+    "decay_budget",
     "dequantize_blocks",
     "dynamic_code_book",
     "fira",
@@ -63,6 +67,7 @@ __all__ = [
     "scale_by_adam_8bit",
     "scale_by_apollo",
     "scale_by_axis_rms",
+    "scale_by_cast",
     "scale_by_empirical_fisher",
     "scale_by_fira",
     "scale_by_galore",

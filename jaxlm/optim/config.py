@@ -13,8 +13,10 @@ from jaxlm.optim.galore import fira, galore, natural_galore
 from jaxlm.optim.learning_rate import FromHparams
 from jaxlm.optim.normalized import HEAD_ROLES, NORMALIZATIONS, NORMALIZED_ROLES, scale_optimizer, swan
 from jaxlm.optim.optimizers import adamw, muon
-from jaxlm.optim.schedules import DECAY_SHAPES, Schedule, warmup_stable_decay
+from jaxlm.optim.reset import reset_state_every
+from jaxlm.optim.schedules import DECAY_SHAPES, Schedule, quick_recovery, warmup_stable_decay
 from jaxlm.optim.spam import spam, stable_spam
+from jaxlm.optim.sparse import cast
 
 OPTIMIZERS = (
     "adamw",
@@ -29,6 +31,7 @@ OPTIMIZERS = (
     "spam",
     "stable_spam",
     "adamw_8bit",
+    "cast",
 )
 MOMENTUM = {"head": HEAD_ROLES, "none": (), "all": NORMALIZED_ROLES}
 
@@ -77,13 +80,26 @@ class SpikeOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class SparseOptions:
+    """Of `cast`."""
+
+    n: int = 2
+    """Weights kept of every `m` inputs."""
+    m: int = 4
+    strength: float = 4e-7
+    """Of the pull to zero, near the size of the gradients."""
+    refresh: int = 10
+    """Steps between two masks."""
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer, and a warm-up, stable, decay schedule given in shares of the run."""
 
     name: str = "adamw"
     """`adamw`; `muon` (on the matrices of the blocks, Adam on the rest); `scale`, `swan` (normalized SGD, almost no
     state); `galore`, `natural_galore`, `fira`, `apollo`, `apollo_mini` (low-rank state); `spam`, `stable_spam`
-    (against spikes); `adamw_8bit` (moments in 8 bits)."""
+    (against spikes); `adamw_8bit` (moments in 8 bits); `cast` (towards N:M sparsity)."""
     learning_rate: float = 1e-3
     """At the top of the schedule."""
     warmup: float = 0.05
@@ -104,6 +120,11 @@ class OptimizerConfig:
     scale: ScaleOptions = ScaleOptions()
     low_rank: LowRankOptions = LowRankOptions()
     spikes: SpikeOptions = SpikeOptions()
+    sparse: SparseOptions = SparseOptions()
+    reset_every: int = 0
+    """Steps between two restarts: the whole state begins anew, and the learning rate recovers; 0: never."""
+    recovery: int = 10
+    """Steps of that recovery."""
     block: int = 256
     """Entries that share a scale in `adamw_8bit`."""
 
@@ -121,13 +142,15 @@ class OptimizerConfig:
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, expected a share from 0 to 1")
+        if self.reset_every < 0:
+            raise ConfigError(f"optimizer.reset_every is {self.reset_every}, expected at least 1, or 0 for never")
         if self.warmup + self.decay > 1:
             raise ConfigError(f"optimizer.warmup {self.warmup} + optimizer.decay {self.decay} is more than the run")
 
     def schedule(self, steps: int, peak: float | None = None) -> Schedule:
         """The learning rate of each step of a run of `steps`; `peak` by default is `learning_rate`."""
         warmup, decay = round(self.warmup * steps), round(self.decay * steps)
-        return warmup_stable_decay(
+        schedule = warmup_stable_decay(
             self.learning_rate if peak is None else peak,
             steps,
             warmup,
@@ -135,6 +158,7 @@ class OptimizerConfig:
             self.decay_shape,
             self.end_fraction,
         )
+        return quick_recovery(schedule, self.reset_every, self.recovery) if self.reset_every else schedule
 
     def make(self, steps: int, axes: Any, *, sweep: bool = False) -> optax.GradientTransformationExtraArgs:
         """The Optax transformation for parameters with these logical axes.
@@ -145,6 +169,10 @@ class OptimizerConfig:
         Raises:
           ConfigError: an option out of its range, or an optimizer whose roles match no parameter.
         """
+        tx = self._make(steps, axes, sweep)
+        return reset_state_every(tx, self.reset_every) if self.reset_every else tx
+
+    def _make(self, steps: int, axes: Any, sweep: bool) -> optax.GradientTransformationExtraArgs:
         schedule = FromHparams(schedule=self.schedule(steps, peak=1.0)) if sweep else self.schedule(steps)
         shared = {"axes": axes, "weight_decay": self.weight_decay, "clip_norm": self.clip_norm}
         adam = {"b1": self.b1, "b2": self.b2, "eps": self.eps}
@@ -185,5 +213,7 @@ class OptimizerConfig:
                 return spam(schedule, **reset, **limits, **adam, **shared)
             case "stable_spam":
                 return stable_spam(schedule, **reset, **adam, **shared)
+            case "cast":
+                return cast(schedule, steps, **dataclasses.asdict(self.sparse), **adam, **shared)
             case _:
                 return adamw_8bit(schedule, block=self.block, **adam, **shared)

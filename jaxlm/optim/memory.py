@@ -120,6 +120,10 @@ def _eight_bit(path: str, role: str, shape: tuple[int, ...], own: int, options: 
     return 0, 2 * math.prod(shape) + 2 * 4 * blocks
 
 
+def _cast(path: str, role: str, shape: tuple[int, ...], own: int, options: dict) -> Size:
+    return 2 * math.prod(shape), math.prod(shape) if role == "matrix" else 0
+
+
 STATES: dict[str, Rule] = {
     "adamw": _adam,
     "muon": _muon,
@@ -133,5 +137,6 @@ STATES: dict[str, Rule] = {
     "spam": _adam,
     "stable_spam": _stable_spam,
     "adamw_8bit": _eight_bit,
+    "cast": _cast,
 }
 """By name of the optimizer, the rule for one parameter."""

@@ -13,7 +13,7 @@ has two, like an embedding `(vocab, embed)`.
 | `("tied_vocab", x)`: one table for input and output | `tied` |
 | `("vocab", x)`, `("positions", x)` | `embed` |
 | `(x, "vocab")` | `head` |
-| none or one | `vector` |
+| none or one; any with `scale_groups` | `vector` |
 | any other two | `matrix` |
 
 Anything else is a `ConfigError`.
@@ -41,6 +41,8 @@ def role(axes: Axes, path: str = "parameter") -> str:
     for kind, name in (("codebook", "codebook"), ("filter", "filter"), ("conv", "conv_width")):
         if name in axes:
             return kind
+    if "scale_groups" in axes:
+        return "vector"
     if axes and axes[-1] == "router":
         return "router"
     own = axes

@@ -45,6 +45,9 @@ class Collective:
         return self.payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
 
 
+_UNKNOWN_CYCLES = 2**60
+
+
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """One step of one device."""
@@ -53,7 +56,7 @@ class Costs:
     bytes_moved: float
     """Between main memory and the chip; what stays in on-chip memory is left out."""
     cycles: float | None
-    """Sum of the compiler's estimates over the instructions; `None` where it makes none."""
+    """Sum of the compiler's estimates over the instructions that have one; `None` where it makes none."""
     guessed_loops: int
     """Loops whose length is not in the text."""
 
@@ -72,7 +75,8 @@ def analyze(text: str) -> Costs:
         for instruction in body.values():
             moved += times * _moved(module, body, instruction)
             if match := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
-                cycles += times * int(match[1])
+                # The greatest integer stands for an instruction that the compiler cannot judge.
+                cycles += times * int(match[1]) if int(match[1]) < _UNKNOWN_CYCLES else 0.0
             for kind, group, payload, channel in _collectives(module, body, instruction):
                 # A collective that the compiler spreads over several fusions keeps its channel.
                 if channel is None or channel not in channels:

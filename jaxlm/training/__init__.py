@@ -6,6 +6,7 @@ from jaxlm.training.loop import Callback, Interrupted, fit
 from jaxlm.training.low_precision import LowPrecisionObjective, Recipe, low_precision
 from jaxlm.training.populations import Member, Outcome, Population
 from jaxlm.training.program import Program
+from jaxlm.training.restarts import change_every
 from jaxlm.training.runs import Run, exclusive, keep_tokenizer, load_run
 from jaxlm.training.session import ResumableBatches, train_in_folder
 from jaxlm.training.state import TrainState, init_state, state_shardings
@@ -31,6 +32,7 @@ __all__ = [
     "ResumableBatches",
     "TrainState",
     "accumulate",
+    "change_every",
     "exclusive",
     "fit",
     "init_state",

@@ -19,6 +19,7 @@ from jaxlm.weights.factored import (
     sparse_low_rank_kernel,
 )
 from jaxlm.weights.fake_quantized import LearnedStep, fake_quant, learn_steps, learned_step_quant, straight_through
+from jaxlm.weights.group_scaled import GroupScaled, add_group_scale
 from jaxlm.weights.low_precision import LowPrecision, under_policy
 from jaxlm.weights.low_rank import LowRank, add_low_rank
 from jaxlm.weights.quantized import Quantized, pack
@@ -28,10 +29,12 @@ __all__ = [
     "Factored",
     "LearnedStep",
     "LowPrecision",
+    "GroupScaled",
     "LowRank",
     "Quantized",
     "Sparse",
     "Weight",
+    "add_group_scale",
     "add_low_rank",
     "child_axes",
     "dense",

@@ -6,6 +6,7 @@ import pytest
 
 from experiments import pretrain
 from jaxlm.core.sharding import MESH_AXES
+from jaxlm.planning import abstract_batch
 
 
 @pytest.mark.parametrize("name", sorted(pretrain.PRESETS))
@@ -17,7 +18,7 @@ def test_preset_traces(name):
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=8))
     devices = jax.devices() if -1 not in [getattr(config.mesh, a) for a in MESH_AXES] else jax.devices()[:1]
     program = pretrain.make_program(config, devices)
-    batch = pretrain.abstract_batch(config, program.mesh)
+    batch = abstract_batch(program.mesh, config.batch_size, config.data.sequence_length)
     state, metrics = program.step.trace(program.abstract_state, None, batch).out_info
     assert metrics["loss"][0].shape == ()
     before, after = jax.tree.leaves(program.abstract_state), jax.tree.leaves(state)

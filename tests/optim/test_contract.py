@@ -18,6 +18,7 @@ from jaxlm.optim import (
     adamw_8bit,
     apollo,
     apollo_mini,
+    cast,
     fira,
     galore,
     muon,
@@ -58,9 +59,12 @@ MEMBERS = {
     "spam": (spam, {"period": 100, "warmup": 3, "quiet": 1, "threshold": 10.0}),
     "stable_spam": (stable_spam, {"period": 100, "decay_steps": 300}),
     "adamw_8bit": (adamw_8bit, {"block": 4, "min_size": 1}),
+    # Without the pull to zero, which the suite's other promises leave no room for.
+    "cast": (cast, {"total_steps": 10**6, "strength": 0.0, "n": 1, "m": 2, "refresh": 3}),
 }
 STATIC = (
     "rank", "period", "history", "block", "min_size", "warmup", "quiet", "ns_steps", "seed", "decay_steps",
+    "total_steps", "n", "m", "refresh",
 )  # fmt: skip
 
 
@@ -355,7 +359,7 @@ def test_decompositions_happen_in_the_one_branch_of_a_refresh(make):
         always, inside = primitives(traced.jaxpr)
         assert inside["cond"] == 0
         assert not {"svd", "qr", "eigh"} & set(always)
-        assert always["cond"] == int(bool({"svd", "qr"} & set(inside)))
+        assert always["cond"] == int(bool(inside))
 
 
 def primitives(jaxpr):

@@ -88,3 +88,7 @@ def test_a_compiled_scan_with_sharded_weights():
     (gather,) = costs.collectives
     assert (gather.kind, gather.group) == ("all-gather", 8)
     assert gather.payload == 5 * 32 * 32 * 4
+
+
+def test_an_instruction_that_the_compiler_cannot_judge_is_left_out():
+    assert analyze(MODULE.replace('"10"', f'"{2**63 - 1}"')).cycles is None

@@ -23,6 +23,7 @@ from jaxlm.weights import (
     LowRank,
     Quantized,
     Weight,
+    add_group_scale,
     add_low_rank,
     factored_kernel,
     learn_steps,
@@ -120,6 +121,11 @@ def as_learned_step(w):
     return learn_steps({"w": w}, ["w"], 6)["w"]
 
 
+def as_group_scaled(w):
+    w = add_group_scale(w, 2)
+    return dataclasses.replace(w, scale=w.scale + 0.1 * jax.random.normal(jax.random.key(1), w.scale.shape))
+
+
 KINDS = [
     as_dense,
     as_low_precision,
@@ -131,6 +137,7 @@ KINDS = [
     as_int8,
     as_two_level_5_bit,
     as_low_rank_over_quantized,
+    as_group_scaled,
 ]
 
 

@@ -1,0 +1,251 @@
+"""Pretraining in less memory: low-rank and sparse kernels with restarts, beside low-rank gradients and full rank.
+
+Glentis et al., "Scalable Parameter and Memory Efficient Pretraining for LLM: Recent Algorithmic Advances and
+Benchmarking", 2025, arXiv 2505.22922. Tuned full-rank training stays best; a sparse part beside low-rank factors
+(SLTrain) closes much of the gap; balancing the factors anew and restarting the optimizer from time to time helps
+further.
+
+    python -m experiments.optimization.memory_efficient_pretraining                  # small
+    python -m experiments.optimization.memory_efficient_pretraining --preset all     # LoRA and ReLoRA too
+
+Arms share model, data and steps; each is tuned over three learning rates (and more where the best lies at an edge)
+with one seed and judged with other seeds on other text. Arms with restarts run at the rate of the arm without.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments import bases, runner
+from experiments.bases import Arm, ArmResult, StudyConfig
+from jaxlm.core.errors import ConfigError, nearest
+from jaxlm.data.prepare import DataConfig
+from jaxlm.models.config import DecoderConfig
+from jaxlm.optim.config import LowRankOptions, OptimizerConfig
+from jaxlm.peft.parametrizations import Parametrization, is_base, parametrize
+from jaxlm.reporting import Claim, Figure, Report, Series, Table
+from jaxlm.reporting.figures import smooth
+
+ARMS = ("full", "low_rank", "low_rank, restarts", "sltrain", "sltrain, restarts", "galore", "fira", "lora", "relora")
+_RESTARTED = {"low_rank, restarts": "low_rank", "sltrain, restarts": "sltrain"}
+# Linear warm-up over a tenth, cosine to a tenth, no weight decay, no clipping: the paper's frame.
+_SCHEDULE: dict[str, Any] = {
+    "warmup": 0.1, "decay": 0.9, "decay_shape": "cosine", "end_fraction": 0.1, "weight_decay": 0.0, "clip_norm": None,
+    "b2": 0.999,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(StudyConfig):
+    """A comparison of parametrizations and optimizers."""
+
+    arms: tuple[str, ...] = ARMS[:-2]
+    """`full`, `low_rank`, `sltrain` (these two with `, restarts` too), `galore`, `fira`, `lora`, `relora`."""
+    rank: int = 24
+    """Of factors and of projected gradients: a quarter of the model's width."""
+    density: float = 0.03
+    cycle: int = 100
+    """Steps between two restarts."""
+    period: int = 50
+    """Steps between two subspaces of `galore` and `fira`."""
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    last_steps: int = 100
+    """Of which the training loss is averaged to compare restarts, whose effect is small."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.arms:
+            if name not in ARMS:
+                raise ConfigError(f"no arm '{name}': {nearest(name, ARMS)}")
+            if name in _RESTARTED and _RESTARTED[name] not in self.arms:
+                raise ConfigError(f"arm '{name}' runs at the rate of '{_RESTARTED[name]}': add that arm")
+        for name in ("rank", "cycle", "period", "last_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+SMALL = Config(
+    model=DecoderConfig(vocab_size=1024, num_layers=2, embed_dim=96, num_heads=4, mlp_dim=256, max_length=128),
+    data=DataConfig(vocab_size=1024, sequence_length=128),
+    steps=400,
+    batch_size=8,
+)
+
+PRESETS: Mapping[str, Config] = {
+    "smoke": dataclasses.replace(
+        SMALL,
+        model=DecoderConfig(vocab_size=512, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32, max_length=32),
+        data=DataConfig(tokenizer="byte", sequence_length=32),
+        steps=24,
+        batch_size=4,
+        judge_rows=8,
+        seeds=(1,),
+        arms=("full", "sltrain", "sltrain, restarts"),
+        rank=4,
+        cycle=12,
+        rates=(4e-3,),
+        last_steps=4,
+    ),
+    "small": SMALL,
+    "all": dataclasses.replace(SMALL, arms=ARMS),
+}
+
+# Perplexities of LLaMA 1B in the paper.
+_PAPER = {"full": 13.97, "sltrain, restarts": 14.37}
+
+
+def make_arm(config: Config, name: str, rates: tuple[float, ...]) -> Arm:
+    """An arm by its name."""
+    method = _RESTARTED.get(name, name)
+    restarts = name in _RESTARTED or name == "relora"
+    low_rank = LowRankOptions(rank=config.rank, period=config.period)
+    optimizer = OptimizerConfig(
+        method if method in ("galore", "fira") else "adamw",
+        low_rank=low_rank,
+        reset_every=config.cycle if restarts else 0,
+        **_SCHEDULE,
+    )
+    form = method if method in ("low_rank", "sltrain", "lora", "relora") else "dense"
+    return Arm(optimizer, rates, Parametrization(form, rank=config.rank, density=config.density))
+
+
+def run(config: Config, out: Path) -> Report:
+    """Trains and judges all arms; what is finished in `out` is not repeated."""
+    text = bases.load_text(config)
+    results: dict[str, ArmResult] = {}
+    # Plain arms first: others take over their rates.
+    for name in sorted(config.arms, key=lambda name: (name in _RESTARTED, ARMS.index(name))):
+        rates = (results[_RESTARTED[name]].rate,) if name in _RESTARTED else config.rates
+        results |= bases.compare_arms(config, {name: make_arm(config, name, rates)}, text, out)
+    return report(config, {name: results[name] for name in config.arms})
+
+
+def report(config: Config, results: Mapping[str, ArmResult]) -> Report:
+    """Tables, figures and claims of a finished comparison."""
+    sizes = {name: _size(config, make_arm(config, name, config.rates)) for name in results}
+    rows = tuple(
+        (name, r.rate, r.loss, r.spread, _last(config, r), *sizes[name], r.is_at_an_edge) for name, r in results.items()
+    )
+    columns = ("arm", "learning rate", "loss", "seeds apart", "last training loss", "parameters", "MB", "at an edge")
+    curves = tuple(Series(name, range(1, len(r.history) + 1), smooth(r.history)) for name, r in results.items())
+    large = tuple(
+        _paper_row(name, size) for size in ("llama-60m", "llama-1b") for name in ARMS if name not in _RESTARTED
+    )
+    return Report(
+        title="Memory-efficient pretraining",
+        summary="Low-rank and sparse kernels with and without restarts, beside low-rank gradients and full rank.",
+        numbers={f"loss, {name}": r.loss for name, r in results.items()},
+        claims=tuple(claims(config, results, {name: size[0] for name, size in sizes.items()})),
+        tables=(
+            Table("Held-out loss, nats a token", columns, rows, "MB: parameters and optimizer state, float32."),
+            Table("The published sizes, in bfloat16", ("model", "arm", "million parameters", "GB"), large),
+        ),
+        figures=(Figure("Training loss", curves, "step", "nats a token (smoothed)"),),
+    )
+
+
+def claims(config: Config, results: Mapping[str, ArmResult], parameters: Mapping[str, int]) -> list[Claim]:
+    """The paper's claims that the arms at hand can judge."""
+    found = []
+    loss = {name: r.loss for name, r in results.items()}
+    at_edge = [name for name, r in results.items() if r.is_at_an_edge]
+    note = f"Best at an edge of the rates tried: {', '.join(at_edge)}." if at_edge else ""
+    if "full" in loss and len(loss) > 1:
+        best = min(loss, key=loss.__getitem__)
+        measured = ", ".join(f"{name} {value:.3f}" for name, value in sorted(loss.items(), key=lambda item: item[1]))
+        statement = "Tuned full-rank training stays best."
+        paper = "1B perplexity 13.97, SLTrain with restarts 14.37"
+        found.append(Claim(statement, paper, measured, best == "full", note))
+    if {"sltrain", "low_rank"} <= set(loss):
+        measured = f"loss {loss['sltrain']:.4f} and {loss['low_rank']:.4f}"
+        statement = "A sparse part beside the factors (SLTrain) improves on low rank alone."
+        found.append(Claim(statement, None, measured, loss["sltrain"] < loss["low_rank"]))
+    for restarted, plain in _RESTARTED.items():
+        if restarted in results and plain in results:
+            ends = [_last(config, results[name]) for name in (restarted, plain)]
+            measured = (
+                f"loss {loss[restarted]:.4f} and {loss[plain]:.4f}; training loss {ends[0]:.4f} and {ends[1]:.4f}"
+            )
+            statement = f"Restarts improve {plain}: held-out loss, same seeds."
+            found.append(Claim(statement, None, measured, loss[restarted] < loss[plain]))
+    if {"full", "low_rank"} <= set(parameters):
+        share = parameters["low_rank"] / parameters["full"]
+        found.append(
+            Claim("Low rank halves the parameters of the blocks (a quarter of the width).", None, share, share < 0.6)
+        )
+    return found
+
+
+def _last(config: Config, result: ArmResult) -> float:
+    """Mean training loss over the last steps."""
+    return statistics.fmean(result.history[-config.last_steps :])
+
+
+def _size(config: Config, arm: Arm) -> tuple[int, float]:
+    """Parameters of the blocks' kernels, and megabytes of all parameters and optimizer state."""
+    from jaxlm.core import trees
+
+    params, _ = _shapes(config.model, arm)
+    kernels = sum(
+        x.size
+        for path, x in trees.named_leaves(params)
+        if path.startswith("blocks/") and "/kernel" in path and _is_number(path)
+    )
+    return kernels, _bytes(config.model, arm, "float32") / 1e6
+
+
+def _paper_row(name: str, size: str) -> tuple[str, str, float, float]:
+    """A published size at the paper's ranks: million parameters, and gigabytes with optimizer state."""
+    from jaxlm.core import trees
+    from jaxlm.models.presets import preset
+
+    config = dataclasses.replace(SMALL, rank={"llama-60m": 128, "llama-1b": 512}[size])
+    arm, model = make_arm(config, name, config.rates), preset(size)
+    params, _ = _shapes(model, arm)
+    parameters = sum(x.size for path, x in trees.named_leaves(params) if _is_number(path))
+    return size, name, parameters / 1e6, _bytes(model, arm, "bfloat16") / 1e9
+
+
+def _shapes(model: DecoderConfig, arm: Arm) -> tuple[Any, Any]:
+    """The parameters' shapes and logical axes."""
+    import jax
+
+    from jaxlm.models import Decoder
+    from jaxlm.peft.lora import adapted_axes
+
+    decoder = Decoder(model)
+    params = jax.eval_shape(
+        lambda key: parametrize(key, decoder.init(key)["params"], arm.parametrization), jax.random.key(0)
+    )
+    return params, adapted_axes(params, decoder.axes())
+
+
+def _bytes(model: DecoderConfig, arm: Arm, dtype: str) -> float:
+    """Of the parameters in `dtype` (places of sparse kernels in int32) and the optimizer's state of what is trained."""
+    import jax
+
+    from jaxlm.core import trees
+    from jaxlm.optim.memory import state_bytes
+
+    params, axes = _shapes(model, arm)
+    params = trees.map_named(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, dtype if _is_number(path) else x.dtype), params
+    )
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+
+    def is_trained(path: str) -> bool:
+        merged = arm.parametrization.name == "relora" and is_base(path)
+        return arm.parametrization.is_trained(path) and not merged
+
+    trained = trees.map_named(lambda path, x: x if is_trained(path) else None, params)
+    return weights + state_bytes(arm.optimizer.name, trained, axes, rank=arm.optimizer.low_rank.rank)
+
+
+def _is_number(path: str) -> bool:
+    return not path.endswith("/indices")
+
+
+if __name__ == "__main__":
+    runner.main(__name__)
