@@ -82,7 +82,7 @@ SMALL = Config(
         vocab_size=1024, num_layers=2, embed_dim=128, num_heads=4, mlp_dim=384, max_length=64, remat="none"
     ),
     data=DataConfig(vocab_size=1024, sequence_length=64),
-    steps=300,
+    steps=250,
     batch_size=8,
 )
 
