@@ -6,6 +6,7 @@ weights move further in weights, representations and tangent kernel (rich) than 
 two-layer linear network it is a theorem, in expectation over tasks; low-rank weights aligned with the task stay lazy.
 
     python -m experiments.optimization.rich_lazy_rank                    # small
+    python -m experiments.optimization.rich_lazy_rank --preset llama     # a small Llama as well
     python -m experiments.optimization.rich_lazy_rank --preset paper     # 300 units, three tasks, 10,000 iterations
 
 Three testbeds: linear networks trained to zero loss; recurrent networks on cognitive tasks, each stopped at the same
@@ -86,7 +87,9 @@ class Config:
             raise ConfigError(f"seeds are {self.seeds}, expected different ones")
 
 
-SMALL = Config(
+SMALL = Config()
+
+LLAMA = Config(
     decoder=StudyConfig(
         model=DecoderConfig(vocab_size=1024, num_layers=2, embed_dim=64, num_heads=4, mlp_dim=192, max_length=48),
         data=DataConfig(vocab_size=1024, sequence_length=48),
@@ -110,6 +113,7 @@ PRESETS: Mapping[str, Config] = {
         seeds=(1,),
     ),
     "small": SMALL,
+    "llama": LLAMA,
     "paper": Config(
         recurrent=RecurrentConfig(
             ("choice", "match", "context"), 300, (1, 30, 100, 300), iterations=10_000, learning_rate=0.003,
