@@ -14,8 +14,9 @@ loss; and, beyond the paper, a small Llama whose kernels start at low rank. Sett
 with seed 0, which is not judged.
 
 Expect of `small` (two x86 cores, about 3 minutes; its kept result reused finished networks, so its seconds are less):
-kernel alignment rises with rank everywhere at equal Frobenius norm (linear 0.14 to 0.71; tasks 0.36 to 0.50, 0.32 to
-0.53, 0.18 to 0.40). Rank 1 changes its weights most, but ranks 8 and 64 are about equal on two of three tasks, so that
+at equal Frobenius norm kernel alignment rises with rank in linear networks of norm 1 (0.14 to 0.71) and on all tasks
+(0.36 to 0.50, 0.32 to 0.53, 0.18 to 0.40).
+Rank 1 changes its weights most, but ranks 8 and 64 are about equal on two of three tasks, so that
 order does not hold in full; nor does it for representations of linear networks at norm 3. At equal spectral norm
 kernel alignments have no order, and rank 1 does not learn to match in these steps.
 """
