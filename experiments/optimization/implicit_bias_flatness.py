@@ -11,7 +11,10 @@ minima and better features; a lookup table has the least loss of all and no feat
 Sentences are of a grammar whose exact conditional probabilities are known, so the least loss is too, and a model's
 excess over it is measured one mask at a time. Downstream tasks ask for the symbol that spans the first words, from
 frozen features of all tokens. Traces of narrower models are those of the same functions in the widest one's parameters.
-The learning rate is constant after a warm-up. Settings were chosen with seed 0, which is not judged.
+The learning rate is constant after a warm-up. Seed 0 is for choosing settings.
+
+The claims have not been judged yet. With seed 0 and width 64 the excess loss after 1000 steps was 0.24 nats a word, far
+outside of the band: expect `small` to need more steps, or an easier grammar, before models count as of equal loss.
 """
 
 import dataclasses

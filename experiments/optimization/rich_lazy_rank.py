@@ -6,11 +6,19 @@ weights move further in weights, representations and tangent kernel (rich) than 
 two-layer linear network it is a theorem, in expectation over tasks; low-rank weights aligned with the task stay lazy.
 
     python -m experiments.optimization.rich_lazy_rank                    # small
+    python -m experiments.optimization.rich_lazy_rank --preset llama     # a small Llama as well
     python -m experiments.optimization.rich_lazy_rank --preset paper     # 300 units, three tasks, 10,000 iterations
 
 Three testbeds: linear networks trained to zero loss; recurrent networks on cognitive tasks, each stopped at the same
 loss; and, beyond the paper, a small Llama whose kernels start at low rank. Settings and the loss to stop at were chosen
 with seed 0, which is not judged.
+
+Expect of `small` (two x86 cores, about 3 minutes; its kept result reused finished networks, so its seconds are less):
+at equal Frobenius norm kernel alignment rises with rank in linear networks of norm 1 (0.14 to 0.71) and on all tasks
+(0.36 to 0.50, 0.32 to 0.53, 0.18 to 0.40).
+Rank 1 changes its weights most, but ranks 8 and 64 are about equal on two of three tasks, so that
+order does not hold in full; nor does it for representations of linear networks at norm 3. At equal spectral norm
+kernel alignments have no order, and rank 1 does not learn to match in these steps.
 """
 
 import dataclasses
@@ -86,7 +94,9 @@ class Config:
             raise ConfigError(f"seeds are {self.seeds}, expected different ones")
 
 
-SMALL = Config(
+SMALL = Config()
+
+LLAMA = Config(
     decoder=StudyConfig(
         model=DecoderConfig(vocab_size=1024, num_layers=2, embed_dim=64, num_heads=4, mlp_dim=192, max_length=48),
         data=DataConfig(vocab_size=1024, sequence_length=48),
@@ -110,6 +120,7 @@ PRESETS: Mapping[str, Config] = {
         seeds=(1,),
     ),
     "small": SMALL,
+    "llama": LLAMA,
     "paper": Config(
         recurrent=RecurrentConfig(
             ("choice", "match", "context"), 300, (1, 30, 100, 300), iterations=10_000, learning_rate=0.003,
