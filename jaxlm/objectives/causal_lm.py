@@ -39,10 +39,9 @@ class CausalLM:
     """Mean negative log-likelihood of `targets`, weighted by `loss_weights`, over the whole batch.
 
     `model` is a `Decoder` (anything with `embed`, `trunk`, `head`, `head_params`, `gather_head`, and for kernels
-    `head_projection`). `z_loss` times the
-    squared log-partition is added for each token (PaLM, Chowdhery et al. 2022, section 5). `chunk_length` cuts each
-    row for the vocabulary projection; by default so that a chunk's logits take at most about 64 MB a device (256 MB on
-    accelerators).
+    `head_projection`). `z_loss` times the squared log-partition is added for each token (PaLM, Chowdhery et al. 2022,
+    section 5). `chunk_length` cuts each row for the vocabulary projection; by default so that a chunk's logits take at
+    most about 64 MB a device (256 MB on accelerators).
     """
 
     model: Any
