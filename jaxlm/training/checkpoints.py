@@ -7,6 +7,7 @@ that is killed in between leaves a whole checkpoint that Orbax alone checks).
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.core import distributed
 from jaxlm.core.errors import CheckpointError, DataError
-from jaxlm.core.json_files import read_object, write_json
+from jaxlm.core.json_files import read_object, write_text
 
 PyTree = Any
 
@@ -176,7 +177,8 @@ class Checkpoints:
 
     def _write_sums(self, step: int) -> None:
         path = self._sums_file(step)
-        write_json(path, _file_sums(self.folder / str(step)))
+        # Without white space, in which a flipped bit would mean nothing.
+        write_text(path, json.dumps(_file_sums(self.folder / str(step)), separators=(",", ":")))
         for old in path.parent.glob("*.json"):
             if not (self.folder / old.stem).exists():
                 old.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import pytest
 from experiments import plan, pretrain
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.sharding import MeshConfig
-from jaxlm.planning import CHIPS, find_topology, num_chips, parse_topology
+from jaxlm.planning import CHIPS, abstract_batch, find_topology, num_chips, parse_topology
 
 ON_CPU = {"smoke", "small"}
 TPU = sorted(name for name, topology in pretrain.TOPOLOGIES.items() if topology.startswith("v"))
@@ -61,7 +61,7 @@ def test_the_int8_preset_multiplies_int8_on_its_chips():
     small = {"mesh": MeshConfig(data=4), "batch_size": 8, "micro_batches": 1, "model": model, "data": data}
     preset = dataclasses.replace(preset, **small)
     program = pretrain.make_program(preset, find_topology("v5e:2x2").devices)
-    text = program.step.lower(program.abstract_state, None, pretrain.abstract_batch(preset, program.mesh)).as_text()
+    text = program.step.lower(program.abstract_state, None, abstract_batch(program.mesh, 8, 128)).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line and "xi8>" in line]
     # Seven projections forward, all but the last again under remat, and their dgrad; wgrad stays wide.
     assert len(products) == 7 + 6 + 7

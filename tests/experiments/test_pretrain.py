@@ -141,7 +141,7 @@ def test_a_model_trained_for_few_bits_is_served_in_them(tmp_path):
     assert runner.execute_tool(generate, ["--checkpoint", str(tmp_path), "--prompt", "a", "--max_new_tokens", "2"]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("name", ["fp8_delayed", "mxfp4_stochastic", "bf16_weights_stochastic", "float16"])
 def test_runs_under_a_precision_policy_resume_to_the_same_losses(name, tmp_path, monkeypatch):
     from jaxlm.data.pipeline import TrainIterator

@@ -131,6 +131,9 @@ class Recorded:
             file.write(json.dumps({"step": step, "rows": row_numbers(batch["inputs"])}) + "\n")
         return batch
 
+    def provenance(self, step: int) -> Any:
+        return self.batches.provenance(step)
+
     def get_state(self) -> Any:
         return self.batches.get_state()
 

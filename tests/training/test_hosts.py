@@ -128,8 +128,14 @@ NAMED = ("ProcessLostError", "the JAX distributed service detected fatal errors"
 """What a process says that stops because another has gone: ours, or JAX's own."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("count", "culprit", "then"), [(4, 2, 2), (2, 0, 4), (2, 1, 2)])
+@pytest.mark.parametrize(
+    ("count", "culprit", "then"),
+    [
+        pytest.param(4, 2, 2, marks=pytest.mark.slow),
+        pytest.param(2, 0, 4, marks=pytest.mark.release),
+        pytest.param(2, 1, 2, marks=pytest.mark.release),
+    ],
+)
 def test_when_one_is_killed_the_others_stop_and_the_run_goes_on_with_any_number(
     count, culprit, then, store, alone, tmp_path
 ):
@@ -147,7 +153,7 @@ def test_when_one_is_killed_the_others_stop_and_the_run_goes_on_with_any_number(
     check_rows_once(tmp_path, alone[1])
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_when_one_hangs_the_others_stop_after_the_heartbeats(store, alone, tmp_path):
     ended = train_together(
         2,
@@ -167,14 +173,14 @@ def test_when_one_hangs_the_others_stop_after_the_heartbeats(store, alone, tmp_p
     check_same_losses(losses(tmp_path / "out"), alone[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "devices", "mesh", "parts"),
     [
-        (4, 1, {"data": 2, "fsdp": 2}, 4),
-        (2, 2, {"data": 1, "fsdp": 2, "tensor": 2}, 2),
-        (2, 1, {"data": 1, "tensor": 2}, 1),  # an axis that is not the batch's lies across the processes
-        (4, 1, {"data": 2, "sequence": 2}, 2),
+        pytest.param(4, 1, {"data": 2, "fsdp": 2}, 4, marks=pytest.mark.slow),
+        pytest.param(2, 2, {"data": 1, "fsdp": 2, "tensor": 2}, 2, marks=pytest.mark.release),
+        # An axis that is not the batch's lies across the processes.
+        pytest.param(2, 1, {"data": 1, "tensor": 2}, 1, marks=pytest.mark.release),
+        pytest.param(4, 1, {"data": 2, "sequence": 2}, 2, marks=pytest.mark.release),
     ],
 )
 def test_meshes_across_processes(count, devices, mesh, parts, store, alone, tmp_path):

@@ -30,7 +30,7 @@ from jaxlm.training import (
 
 MODEL = Decoder(tiny_config("llama", num_layers=2))
 NEAR = {"bitnet": 0.75, "qat_w4a8": 0.35, "mxfp4": 0.5, "mxfp4_stochastic": 0.6, "nvfp4": 0.5}
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.release
 QUICK = {"fp8_delayed", "mxfp4_stochastic"}
 
 

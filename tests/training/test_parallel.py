@@ -116,9 +116,7 @@ def test_a_mesh_gives_losses_and_gradients_of_one_device(name, mesh):
 
 
 def tier(name: str, mesh: str):
-    """All families on the mesh with the most axes with the slow tests, the rest by hand."""
-    mark = pytest.mark.slow if mesh == "fsdp, sequence, tensor" else pytest.mark.release
-    return pytest.param(name, mesh, marks=mark)
+    return pytest.param(name, mesh, marks=pytest.mark.release)
 
 
 @pytest.mark.parametrize(("name", "mesh"), [tier(*case) for case in EVERY if case not in QUICK])

@@ -21,7 +21,7 @@ def test_smoke(tmp_path):
     assert len(report["claims"]) == 7
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_tools(tmp_path):
     config = dataclasses.replace(
         study.SMALL.tools,

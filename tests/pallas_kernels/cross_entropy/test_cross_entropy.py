@@ -102,7 +102,7 @@ def test_any_shape(problem):
     check_problem(**problem)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @settings(max_examples=25, derandomize=True, deadline=None, database=None)
 @given(some_problem)
 def test_many_shapes(problem):

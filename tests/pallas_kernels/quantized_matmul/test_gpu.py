@@ -41,13 +41,13 @@ def test_interpreted_products_and_gradients():
     close(jax.vjp(product, x)[1](dy)[0], np.asarray(dy, np.float64) @ dense.T, 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(("bits", "block", "minimum"), FORMATS)
 def test_interpreted_products(bits, block, minimum):
     check(1, bits, block, minimum, (512 if block == 256 else 256, 64), "bfloat16", "hopper_interpret")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_interpreted_over_several_tiles_of_activations_and_columns():
     check(137, 8, 32, False, (128, 192), "float32", "hopper_interpret")
 

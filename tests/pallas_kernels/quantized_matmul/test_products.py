@@ -70,7 +70,7 @@ def test_kernels_of_any_shape(product):
     check_product(**product)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @settings(max_examples=25, derandomize=True, deadline=None, database=None)
 @given(some_product)
 def test_kernels_of_many_shapes(product):
