@@ -115,11 +115,8 @@ def test_a_mesh_gives_losses_and_gradients_of_one_device(name, mesh):
     check(name, mesh)
 
 
-def tier(name: str, mesh: str):
-    return pytest.param(name, mesh, marks=pytest.mark.release)
-
-
-@pytest.mark.parametrize(("name", "mesh"), [tier(*case) for case in EVERY if case not in QUICK])
+@pytest.mark.release
+@pytest.mark.parametrize(("name", "mesh"), [case for case in EVERY if case not in QUICK])
 def test_every_family_on_every_mesh(name, mesh):
     check(name, mesh)
 
