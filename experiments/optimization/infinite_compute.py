@@ -194,6 +194,7 @@ def claims(config: Config, results: Results) -> list[Claim]:
     at_most = [best_by(tuned, "epochs")[most] for tuned in results.standard]
     decays = [tuned.point["weight_decay"] for tuned in results.regularized]
     edges = sorted({edge for tuned in results.regularized for edge in tuned.edges})
+    by_tuning = "Of the runs that were tuned, by their loss on other text."
     note = f"Best at an edge of the grid: {', '.join(edges)}." if edges else ""
     uncertified = [] if all(t.certified for t in results.regularized) else ["Some searches are not certified."]
     note = " ".join([*([note] if note else []), *uncertified])
@@ -209,12 +210,14 @@ def claims(config: Config, results: Results) -> list[Claim]:
             "rises",
             ", ".join(f"{loss:.4f} after {epochs:g}" for epochs, loss in sorted(by_epochs.items())),
             by_epochs[most] > min(by_epochs.values()) + 0.02,
+            by_tuning,
         ),
         Claim(
             "With it and the most epochs the largest model is more than 0.02 worse than a smaller one.",
             "rises",
             shown(at_most),
             at_most[-1] > min(at_most[:-1]) + 0.02,
+            by_tuning,
         ),
         Claim(
             "With weight decay tuned the loss falls from each size to the next.",

@@ -145,7 +145,8 @@ def _figures(config: "Config", results: Results, laws: Laws) -> tuple[Figure, ..
             "epochs",
             "nats a byte",
             x_scale="log",
-            caption=f"Weight decay {config.standard_decay:g}, the best learning rate of each.",
+            caption=f"Weight decay {config.standard_decay:g}, the best learning rate of each; of the runs that were "
+            "tuned, on text that nothing was tuned on.",
         ),
         Figure(
             "Weight decay",
@@ -156,7 +157,8 @@ def _figures(config: "Config", results: Results, laws: Laws) -> tuple[Figure, ..
             "weight decay",
             "nats a byte",
             x_scale="log",
-            caption="The best of the points that a search tried.",
+            caption="The best of the points that a search tried; of the runs that were tuned, on text that nothing was "
+            "tuned on.",
         ),
         Figure(
             "Sizes",

@@ -116,6 +116,15 @@ class Lab:
         """In a budget."""
         return self.config.rows_of(share) * self.config.data.sequence_length
 
+    def corpus(self, share: float) -> Any:
+        """The rows of a budget."""
+        from jaxlm.data.resident import ResidentRows
+
+        def make() -> Any:
+            return ResidentRows(self._text["train"].take(slice(0, self.config.rows_of(share))))
+
+        return self._memo(("corpus", share), make)
+
     def tune_standard(self, size: int) -> Tuned:
         """Epochs and learning rate with the usual weight decay: the whole grid."""
         from jaxlm.training import grid
@@ -195,8 +204,8 @@ class Lab:
             folder=self.folder / f"teacher {name}",
         )
         real = c.real_rows
-        sample = mix_rows([self._corpus(1.0), synthetic], (real, c.batch_size - real))
-        steps = c.student_epochs * (self._corpus(1.0).count // real)
+        sample = mix_rows([self.corpus(1.0), synthetic], (real, c.batch_size - real))
+        steps = c.student_epochs * (self.corpus(1.0).count // real)
         population = self._population(("student", name), at, steps, sample)
         point = {"learning_rate": rate, "weight_decay": c.standard_decay}
         return [o.results["judge"] for o in self._train(population, f"student {name}", point, c.standard_seeds)]
@@ -249,16 +258,8 @@ class Lab:
             tokens_per_step=c.batch_size * c.data.sequence_length,
         )
 
-    def _corpus(self, share: float) -> Any:
-        from jaxlm.data.resident import ResidentRows
-
-        def make() -> Any:
-            return ResidentRows(self._text["train"].take(slice(0, self.config.rows_of(share))))
-
-        return self._memo(("corpus", share), make)
-
     def _corpus_sample(self, share: float) -> Callable:
-        return lambda key, step: self._corpus(share).sample(key, step, self.config.batch_size)
+        return lambda key, step: self.corpus(share).sample(key, step, self.config.batch_size)
 
     def _steps(self, share: float, epochs: float) -> int:
         return int(epochs) * (self.config.rows_of(share) // self.config.batch_size)
