@@ -259,7 +259,8 @@ class Lab:
         )
 
     def _corpus_sample(self, share: float) -> Callable:
-        return lambda key, step: self.corpus(share).sample(key, step, self.config.batch_size)
+        rows = self.corpus(share)
+        return lambda key, step: rows.sample(key, step, self.config.batch_size)
 
     def _steps(self, share: float, epochs: float) -> int:
         return int(epochs) * (self.config.rows_of(share) // self.config.batch_size)
