@@ -56,9 +56,9 @@ class Config:
     """Shares of the corpus that the standard recipe is also trained on, for its law in tokens."""
     synthetic: float = 0.75
     """Share of a student's tokens that a teacher wrote."""
-    student_epochs: int = 16
+    student_epochs: int = 8
     """Of the corpus; with what the teacher wrote a student takes `1 / (1 - synthetic)` times the steps."""
-    teacher_rows: int = 4096
+    teacher_rows: int = 2048
     """That a teacher writes."""
     teacher_batch: int = 256
     judge_rows: int = 256
@@ -133,6 +133,7 @@ class Config:
                     mlp_dim=5 * width // 2,
                     max_length=self.data.sequence_length,
                     tie_embeddings=True,
+                    remat="none",
                 ),
             )
             for width in self.widths
@@ -172,6 +173,7 @@ PRESETS: Mapping[str, Config] = {
         rates=(3e-4, 1e-3, 3e-3, 1e-2),
         decays=(0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8),
         budgets=(0.25, 0.5, 2.0, 4.0),
+        student_epochs=16,
         teacher_rows=32_768,
         teacher_batch=1024,
         judge_rows=1024,
