@@ -43,6 +43,12 @@ class ResidentRows:
         order = jax.random.permutation(fold(key, "epoch", epoch), self.count)
         return self.take(jax.lax.dynamic_slice_in_dim(order, place * batch_size, batch_size))
 
+    def spread(self, count: int) -> "ResidentRows":
+        """`count` of these rows at equal distances. Raises `DataError` for more than there are."""
+        if not 1 <= count <= self.count:
+            raise DataError(f"{count} rows are wanted of {self.count}")
+        return ResidentRows(self.take(np.arange(count) * self.count // count))
+
     def cut(self, *shares: float) -> tuple["ResidentRows", ...]:
         """Disjoint parts of these rows, interleaved, so that each is a fair sample: `validation.cut(0.5, 0.5)`."""
         if not all(share > 0 for share in shares) or sum(shares) > 1 + 1e-9:
@@ -98,16 +104,43 @@ def switch_samples(stages: Sequence[tuple[int, Sample]]) -> Sample:
 
 
 def resident_rows(
-    store: TokenStore, length: int, *, source: int | str = 0, max_rows: int | None = None, columns: Any = None
+    store: TokenStore,
+    length: int,
+    *,
+    source: int | str = 0,
+    max_rows: int | None = None,
+    columns: Any = None,
+    spread: bool = False,
 ) -> ResidentRows:
     """The first `max_rows` rows of `length` tokens of a store's source (its documents are in a random order).
 
-    `columns`: the arrays to keep, by default all of a token batch.
+    `columns`: the arrays to keep, by default all of a token batch. `spread`: not the first rows, but as many at equal
+    distances: a small corpus that is a sample of all documents, where the first rows might be of one alone.
 
     Raises `DataError` for a source that does not exist.
     """
     index = store.source_index(source)
     count = int(count_rows(store, length)[index])
-    rows = np.arange(count if max_rows is None else min(count, max_rows))
+    taken = count if max_rows is None else min(count, max_rows)
+    rows = np.arange(taken) * count // max(taken, 1) if spread else np.arange(taken)
     batch = read_rows(store, index, rows, length)
     return ResidentRows({name: jnp.asarray(x) for name, x in batch.items() if columns is None or name in columns})
+
+
+def from_start(rows: ResidentRows, start_id: int) -> ResidentRows:
+    """The rows that are a stretch of one document, as texts of their own that begin with `start_id`.
+
+    Each predicts its `inputs` from the start token on: a model of such rows can write one without a prompt
+    (`jaxlm.decoding.sample_rows`). The arrays are `inputs`, `targets` and `loss_weights`. Rows with padding or several
+    documents are left out.
+
+    Raises `DataError` if there is no other.
+    """
+    segments, tokens = np.asarray(rows.arrays["segment_ids"]), np.asarray(rows.arrays["inputs"])
+    whole = (segments == 1).all(axis=1)
+    if not whole.any():
+        raise DataError(f"none of {rows.count} rows of {tokens.shape[1]} tokens lies in one document")
+    tokens = tokens[whole]
+    inputs = np.concatenate([np.full((len(tokens), 1), start_id, tokens.dtype), tokens[:, :-1]], axis=1)
+    found = {"inputs": inputs, "targets": tokens, "loss_weights": np.ones(tokens.shape, np.float32)}
+    return ResidentRows({name: jnp.asarray(x) for name, x in found.items()})

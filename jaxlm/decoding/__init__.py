@@ -1,6 +1,7 @@
 """Decoding: one state machine for all sampling, logit processors, text in and out, refill."""
 
 from jaxlm.decoding.batches import complete
+from jaxlm.decoding.ensemble import EnsembleStepper, StackedStepper
 from jaxlm.decoding.generate import GenerationConfig, GenerationOutput, generate
 from jaxlm.decoding.generator import GenerationState, Generator
 from jaxlm.decoding.processors import (
@@ -17,6 +18,7 @@ from jaxlm.decoding.processors import (
 )
 from jaxlm.decoding.refill import Sample, generate_refilled, refilled
 from jaxlm.decoding.stepper import DecoderStepper, Stepper
+from jaxlm.decoding.teacher_rows import sample_rows
 from jaxlm.decoding.text import Completion, Prompt, generate_text, stream_text
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Completion",
     "CountPenalty",
     "DecoderStepper",
+    "EnsembleStepper",
     "Forbid",
     "GenerationConfig",
     "GenerationOutput",
@@ -36,6 +39,7 @@ __all__ = [
     "Prompt",
     "RepetitionPenalty",
     "Sample",
+    "StackedStepper",
     "Stepper",
     "TopK",
     "TopP",
@@ -44,5 +48,6 @@ __all__ = [
     "generate_refilled",
     "generate_text",
     "refilled",
+    "sample_rows",
     "stream_text",
 ]

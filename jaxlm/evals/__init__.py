@@ -1,5 +1,6 @@
 """Evaluations of models."""
 
+from jaxlm.evals.ensembles import growing_ensemble_loss
 from jaxlm.evals.forgetting import Spike, measure_spike
 from jaxlm.evals.generation import Problem, Solved, Verdict, exact_match, few_shot_prompt, match_metrics, solve
 from jaxlm.evals.likelihood import Likelihood, likelihood, make_sums, resident_loss, source_likelihoods
@@ -63,6 +64,7 @@ __all__ = [
     "fit_chinchilla",
     "fit_power_law",
     "fine_tune",
+    "growing_ensemble_loss",
     "likelihood",
     "linear_probe",
     "make_sums",

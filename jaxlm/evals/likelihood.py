@@ -98,26 +98,39 @@ def likelihood(
 
 def resident_loss(objective: CausalLM, rows: ResidentRows, batch_size: int) -> Callable[[Any], Float[Array, ""]]:
     """`params -> loss` in nats a token over all rows on the device, traceable: for evaluating inside a program."""
-    batches = -(-rows.count // batch_size)
-    missing = batches * batch_size - rows.count
+    batches = resident_batches(rows, batch_size)
 
     def loss(params: Any) -> Float[Array, ""]:
-        # Rows that fill the last batch up are the first ones again, without weight.
-        order = jnp.arange(batches * batch_size) % rows.count
-        counts = (jnp.arange(batches * batch_size) < batches * batch_size - missing).astype(jnp.float32)
-
-        def add(total: tuple, x: tuple) -> tuple[tuple, None]:
-            batch = rows.take(x[0])
-            batch["loss_weights"] = batch["loss_weights"] * x[1][:, None]
+        def add(total: tuple, place: tuple) -> tuple[tuple, None]:
+            batch = batches(place)
             nll, tokens = total
             return (nll + objective.sums(params, batch)["nll"], tokens + jnp.sum(batch["loss_weights"])), None
 
         start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-        pieces = (order.reshape(batches, batch_size), counts.reshape(batches, batch_size))
-        nll, tokens = jax.lax.scan(add, start, pieces)[0]
+        nll, tokens = jax.lax.scan(add, start, batches.places)[0]
         return nll / tokens
 
     return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidentBatches:
+    """All rows in batches of one size: `batches(place)` for each of `places`, to be scanned."""
+
+    rows: ResidentRows
+    places: tuple[Int[np.ndarray, "batches rows"], Float[np.ndarray, "batches rows"]]
+
+    def __call__(self, place: tuple[Int[Array, "rows"], Float[Array, "rows"]]) -> dict[str, Array]:
+        which, counted = place
+        batch = self.rows.take(which)
+        return {**batch, "loss_weights": batch["loss_weights"] * counted[:, None]}
+
+
+def resident_batches(rows: ResidentRows, batch_size: int) -> ResidentBatches:
+    """Batches for an evaluation: rows that fill the last one up are the first ones again, without weight."""
+    batches = -(-rows.count // batch_size)
+    order = np.arange(batches * batch_size, dtype=np.int32).reshape(batches, batch_size)
+    return ResidentBatches(rows, (order % rows.count, (order < rows.count).astype(np.float32)))
 
 
 def source_likelihoods(

@@ -156,6 +156,9 @@ def _minicpm(layers: int, embed: int, heads: int, mlp: int, kv: int | None = Non
     return ScalingRules().apply(_sized(MINICPM_2B, layers, embed, heads, mlp, kv, **more))
 
 
+# Of "Pre-training under infinite compute" (Kim, Kotha et al. 2025, arXiv 2509.14786), with Llama 3's vocabulary.
+INFINITE_150M = DecoderConfig(128_256, 6, 512, 8, 1792, max_length=4096)
+
 PRESETS: Mapping[str, DecoderConfig] = {
     "llama-60m": LLAMA_60M,
     "llama-130m": _sized(LLAMA_60M, 12, 768, 12, 2048),
@@ -193,6 +196,10 @@ PRESETS: Mapping[str, DecoderConfig] = {
     "gemma-2-2b": GEMMA2_2B,
     "gemma-3-270m": _gemma3(640, 2048, 18, 512),
     "gemma-3-1b": _gemma3(1152, 6912, 26, 512),
+    "infinite-150m": INFINITE_150M,
+    "infinite-300m": _sized(INFINITE_150M, 12, 768, 12, 2688),
+    "infinite-600m": _sized(INFINITE_150M, 24, 1024, 16, 3584, 8),
+    "infinite-1.4b": _sized(INFINITE_150M, 16, 2048, 16, 7168, 8),
     "minicpm-2.4b": _minicpm(40, 2304, 36, 5760),
     "minicpm-1.2b": _minicpm(52, 1536, 24, 3840, 8, vocab_size=73_440),
     "minicpm-9m": _minicpm(8, 320, 5, 800),

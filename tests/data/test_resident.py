@@ -5,7 +5,7 @@ import pytest
 
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.data.packing import read_rows
-from jaxlm.data.resident import ResidentRows, mix_rows, resident_rows, switch_samples
+from jaxlm.data.resident import ResidentRows, from_start, mix_rows, resident_rows, switch_samples
 from jaxlm.data.sources import Document
 from jaxlm.data.store import build_store
 from jaxlm.data.tokenizers import ByteTokenizer
@@ -49,6 +49,32 @@ def test_rows_are_those_of_the_store(tmp_path):
     for name, x in read_rows(store, 0, np.arange(3), 16).items():
         if name in rows.arrays:
             np.testing.assert_array_equal(rows.arrays[name], x)
+
+
+def test_spread_rows_are_of_all_documents(tmp_path):
+    store = build_store(tmp_path / "store", {"notes": [Document("x" * 40, str(i)) for i in range(8)]}, ByteTokenizer(),
+                        seed=0)  # fmt: skip
+    found = resident_rows(store, 16, max_rows=5, spread=True)
+    for name, x in read_rows(store, 0, np.array([0, 4, 8, 12, 16]), 16).items():  # of 21 rows
+        np.testing.assert_array_equal(found.arrays[name], x)
+    assert resident_rows(store, 16, max_rows=50, spread=True).count == 21
+    assert np.asarray(ROWS.spread(4).arrays["x"]).tolist() == [0, 2, 5, 7]
+    with pytest.raises(DataError, match="11 rows are wanted of 10"):
+        ROWS.spread(11)
+
+
+def test_rows_of_one_document_become_texts_with_a_start(tmp_path):
+    store = build_store(tmp_path / "store", {"notes": [Document("abcdefghi" * 4, str(i)) for i in range(4)]},
+                        ByteTokenizer(), seed=0)  # fmt: skip
+    rows = resident_rows(store, 8)
+    found = from_start(rows, 256)
+    whole = (np.asarray(rows.arrays["segment_ids"]) == 1).all(axis=1)
+    assert 0 < found.count == whole.sum() < rows.count
+    np.testing.assert_array_equal(found.arrays["targets"], rows.arrays["inputs"][whole])
+    np.testing.assert_array_equal(found.arrays["inputs"][:, 1:], found.arrays["targets"][:, :-1])
+    assert (found.arrays["inputs"][:, 0] == 256).all()
+    with pytest.raises(DataError, match="none of 3 rows of 64 tokens"):
+        from_start(resident_rows(store, 64), 256)
 
 
 def test_mixed_batches_have_their_shares_and_every_row_comes_once_an_epoch():

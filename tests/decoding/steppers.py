@@ -1,4 +1,4 @@
-"""Steppers for the tests: a model without weights whose logits are exact to the bit, and an ensemble of steppers."""
+"""Steppers for the tests: a model without weights whose logits are exact to the bit, and those of the library."""
 
 import dataclasses
 import functools
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.decoding import DecoderStepper, Stepper
+from jaxlm.decoding import DecoderStepper, EnsembleStepper, StackedStepper, Stepper
+from jaxlm.models import stack_members
 from jaxlm.testing import tiny_decoder
 
 
@@ -93,42 +94,15 @@ def hash_logits_of(salt, vocab_size):
     return logits
 
 
-@dataclasses.dataclass(frozen=True)
-class Ensemble:
-    """The mean of several models' logits; a stepper of steppers, its carry the tuple of theirs."""
+def stacked(family: str):
+    model, one = tiny_decoder(family, num_layers=2)
+    _, other = tiny_decoder(family, seed=1, num_layers=2)
+    return StackedStepper(DecoderStepper(model)), stack_members([one, other])
 
-    members: tuple[Stepper, ...]
 
-    @property
-    def vocab_size(self):
-        return self.members[0].vocab_size
-
-    @property
-    def max_length(self):
-        return min((m.max_length for m in self.members if m.max_length is not None), default=None)
-
-    @property
-    def per_row(self):
-        return all(m.per_row for m in self.members)
-
-    def init(self, params, batch, capacity):
-        return tuple(m.init(p, batch, capacity) for m, p in zip(self.members, params))
-
-    def step(self, params, carry, tokens, counts=None, *, last_only=False):
-        results = [m.step(p, c, tokens, counts, last_only=last_only) for m, p, c in zip(self.members, params, carry)]
-        return sum(logits for logits, _ in results) / len(results), tuple(c for _, c in results)
-
-    def rollback(self, carry, lengths):
-        return tuple(m.rollback(c, lengths) for m, c in zip(self.members, carry))
-
-    def repeat(self, carry, n):
-        return tuple(m.repeat(c, n) for m, c in zip(self.members, carry))
-
-    def gather(self, carry, rows):
-        return tuple(m.gather(c, rows) for m, c in zip(self.members, carry))
-
-    def insert(self, carry, rows, other):
-        return tuple(m.insert(c, rows, o) for m, c, o in zip(self.members, carry, other))
+def rows(stepper: Stepper, carry: Any) -> int:
+    """How many rows a carry has."""
+    return jax.tree.leaves(carry)[-1].shape[1 if isinstance(stepper, StackedStepper) else 0]
 
 
 def decoder(family: str, shared: bool = False):
@@ -144,7 +118,9 @@ def make(name: str):
 
 STEPPERS = {
     "hash": lambda: (HashStepper(), jnp.uint32(7)),
-    "ensemble": lambda: (Ensemble((HashStepper(), HashStepper())), (jnp.uint32(7), jnp.uint32(8))),
+    "ensemble": lambda: (EnsembleStepper((HashStepper(), HashStepper())), (jnp.uint32(7), jnp.uint32(8))),
+    "stacked": lambda: (StackedStepper(HashStepper(), "probabilities"), jnp.array([7, 8], jnp.uint32)),
+    "stacked-llama": lambda: stacked("llama"),
     "llama": lambda: decoder("llama"),
     "gemma3": lambda: decoder("gemma3"),  # windows and several rotations
     "gpt2": lambda: decoder("gpt2"),  # learned positions

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import ConfigError
-from tests.decoding.steppers import STEPPERS, make
+from tests.decoding.steppers import STEPPERS, make, rows
 
 CAPACITY = 24
 RAGGED = [name for name in STEPPERS if make(name)[0].per_row]
@@ -28,7 +28,7 @@ def begin(stepper, params, tokens=TOKENS, counts=LENGTHS, last_only=False):
 
 def continued(stepper, params, carry):
     """What the carry makes of three more tokens a row: a fingerprint of all that it remembers."""
-    more = np.tile(np.array([[3, 1, 2]], np.int32), (jax.tree.leaves(carry)[-1].shape[0], 1))
+    more = np.tile(np.array([[3, 1, 2]], np.int32), (rows(stepper, carry), 1))
     return np.asarray(step(stepper, params, carry, more, np.full((len(more),), 3, np.int32))[0])
 
 
@@ -98,8 +98,8 @@ def test_repeat_and_gather_copy_rows(name):
     _, carry = begin(stepper, params)
     expected = continued(stepper, params, carry)
     close(continued(stepper, params, stepper.repeat(carry, 2)), np.repeat(expected, 2, axis=0))
-    rows = np.array([2, 0, 2, 1, 1])
-    close(continued(stepper, params, stepper.gather(carry, jnp.asarray(rows))), expected[rows])
+    chosen = np.array([2, 0, 2, 1, 1])
+    close(continued(stepper, params, stepper.gather(carry, jnp.asarray(chosen))), expected[chosen])
 
 
 @pytest.mark.parametrize("name", RAGGED)

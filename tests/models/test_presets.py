@@ -20,3 +20,9 @@ def test_shared_pretraining_sizes_match_the_papers_count():
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'smollm2-135m'"):
         preset("smollm-135m")
+
+
+@pytest.mark.parametrize(("name", "count"), [("150m", 154.1), ("300m", 299.6), ("600m", 602.5), ("1.4b", 1431.4)])
+def test_sizes_of_infinite_compute_are_what_they_are_called(name, count):
+    # The formula of the authors' configurations: 2 V d + layers (2 d (d + kv) + 3 d f + 2 d).
+    assert trees.count(Decoder(PRESETS[f"infinite-{name}"]).abstract_params()) / 1e6 == pytest.approx(count, abs=0.3)
