@@ -120,6 +120,39 @@ def resident_loss(objective: CausalLM, rows: ResidentRows, batch_size: int) -> C
     return loss
 
 
+def resident_exact_match(
+    model: Any, rows: ResidentRows, batch_size: int
+) -> Callable[[Any], Float[Array, ""]]:
+    """`params -> share of rows whose every counted target is the most likely token`, traceable.
+
+    Where a row is one example with its loss on the answer and the token that ends it, this is the share of examples
+    that greedy decoding answers exactly: it goes wrong at the first target that is not the most likely one, and not
+    before. Rows without a counted target do not count; NaN if no row has one.
+    """
+    batches = -(-rows.count // batch_size)
+
+    def share(params: Any) -> Float[Array, ""]:
+        order = jnp.arange(batches * batch_size)
+        real = (order < rows.count).reshape(batches, batch_size)
+
+        def add(total: tuple, x: tuple) -> tuple[tuple, None]:
+            batch = rows.take(x[0])
+            found = model.apply(
+                {"params": params}, batch["inputs"], batch.get("positions"), batch.get("segment_ids")
+            ).argmax(-1)
+            counted = batch["loss_weights"] > 0
+            there = counted.any(-1) & x[1]
+            right = there & ((found == batch["targets"]) | ~counted).all(-1)
+            return (total[0] + jnp.sum(right), total[1] + jnp.sum(there)), None
+
+        start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        pieces = ((order % rows.count).reshape(batches, batch_size), real)
+        right, there = jax.lax.scan(add, start, pieces)[0]
+        return right / there
+
+    return share
+
+
 def source_likelihoods(
     model: Any,
     params: Any,
