@@ -16,8 +16,8 @@ from jaxlm.evals.likelihood import (
     Likelihood,
     likelihood,
     make_sums,
-    resident_exact_match,
     resident_loss,
+    resident_matches,
     source_likelihoods,
 )
 from jaxlm.evals.methods import EvaluationConfig, Generation, MultipleChoice, Passage, Perplexity, Task
@@ -101,8 +101,8 @@ __all__ = [
     "register",
     "score_questions",
     "solve",
-    "resident_exact_match",
     "resident_loss",
+    "resident_matches",
     "samples_to_peak",
     "signal_table",
     "source_likelihoods",

@@ -120,37 +120,28 @@ def resident_loss(objective: CausalLM, rows: ResidentRows, batch_size: int) -> C
     return loss
 
 
-def resident_exact_match(
-    model: Any, rows: ResidentRows, batch_size: int
-) -> Callable[[Any], Float[Array, ""]]:
-    """`params -> share of rows whose every counted target is the most likely token`, traceable.
+def resident_matches(model: Any, rows: ResidentRows, batch_size: int) -> Callable[[Any], Float[Array, "rows"]]:
+    """`params ->` for each row 1 if every counted target is the most likely token, else 0, traceable.
 
-    Where a row is one example with its loss on the answer and the token that ends it, this is the share of examples
-    that greedy decoding answers exactly: it goes wrong at the first target that is not the most likely one, and not
-    before. Rows without a counted target do not count; NaN if no row has one.
+    Where a row is one example with its loss on the answer and the token that ends it, these are the examples that
+    greedy decoding answers exactly: it goes wrong at the first target that is not the most likely one, and not before.
+    NaN for a row without a counted target. The mean over a kind's rows is its exact match.
     """
     batches = -(-rows.count // batch_size)
+    order = (np.arange(batches * batch_size) % rows.count).reshape(batches, batch_size)
 
-    def share(params: Any) -> Float[Array, ""]:
-        order = jnp.arange(batches * batch_size)
-        real = (order < rows.count).reshape(batches, batch_size)
-
-        def add(total: tuple, x: tuple) -> tuple[tuple, None]:
-            batch = rows.take(x[0])
-            found = model.apply(
-                {"params": params}, batch["inputs"], batch.get("positions"), batch.get("segment_ids")
-            ).argmax(-1)
+    def matches(params: Any) -> Float[Array, "rows"]:
+        def judge(chosen: Array) -> Array:
+            batch = rows.take(chosen)
+            given = (batch.get("positions"), batch.get("segment_ids"))
+            found = model.apply({"params": params}, batch["inputs"], *given).argmax(-1)
             counted = batch["loss_weights"] > 0
-            there = counted.any(-1) & x[1]
-            right = there & ((found == batch["targets"]) | ~counted).all(-1)
-            return (total[0] + jnp.sum(right), total[1] + jnp.sum(there)), None
+            right = ((found == batch["targets"]) | ~counted).all(-1)
+            return jnp.where(counted.any(-1), right.astype(jnp.float32), jnp.nan)
 
-        start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-        pieces = ((order % rows.count).reshape(batches, batch_size), real)
-        right, there = jax.lax.scan(add, start, pieces)[0]
-        return right / there
+        return jax.lax.map(judge, jnp.asarray(order)).reshape(-1)[: rows.count]
 
-    return share
+    return matches
 
 
 def source_likelihoods(
