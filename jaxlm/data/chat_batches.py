@@ -224,6 +224,10 @@ class SampleBatches(ExampleBatches):
             )
         return found + [[] for _ in range(self.batch_size - len(found))]
 
+    def row_indices(self, step):
+        """The examples in the global batch at a step, before they are packed."""
+        return self._in_order(int(step) * self.samples, self.samples)
+
     def __getitem__(self, step):
         return self._fill(self.plan(step))
 
@@ -248,7 +252,7 @@ class SampleBatches(ExampleBatches):
         return {**{k: v for k, v in super().identity().items() if k != "batch_size"}, "samples": self.samples}
 
     def _pack(self, step: int) -> Plan:
-        drawn = self._in_order(int(step) * self.samples, self.samples)
+        drawn = self.row_indices(step)
         plan = pack_best_fit_decreasing([self.lengths[i] for i in drawn], self.length)
         return [[piece._replace(example=int(drawn[piece.example])) for piece in row] for row in plan]
 
