@@ -213,22 +213,8 @@ class Lab:
 
     @functools.cache  # noqa: B019
     def recipe(self, batch_size: int) -> tuple[Any, Any]:
-        """The step and the optimizer of a batch size, whose schedule is in `hparams`."""
-        import jax.numpy as jnp
-
-        from jaxlm.objectives import CausalLM
-        from jaxlm.optim import ScheduleFromHparams, adamw, rewarm
-        from jaxlm.training import accumulate, make_step
-
-        def schedule(h: Mapping[str, Any]) -> Any:
-            return rewarm(h["rate"], h["steps"], jnp.ceil(h["warmup"] * h["steps"]), end_fraction=h["end_fraction"])
-
-        axes = self.model.axes()
-        tx = adamw(ScheduleFromHparams(schedule), axes=axes, b2=self.config.b2, weight_decay=0.0, clip_norm=1.0)
-        pieces = max(1, batch_size // self.config.micro_batch)
-        return make_step(
-            CausalLM(self.model), tx, gradients=functools.partial(accumulate, micro_batches=pieces)
-        ), tx
+        """`make_recipe`, once for each batch size."""
+        return make_recipe(self.config, self.model, batch_size)
 
     @functools.cached_property
     def phases(self) -> list[Any]:
@@ -335,6 +321,24 @@ class Lab:
         folder = self.folder / "base"
         (outcome,) = population.train([Member("base", config.base_seed)], folder=folder, keep_params=True, report=say)
         return outcome.params
+
+
+def make_recipe(config: "Config", model: Any, batch_size: int) -> tuple[Any, Any]:
+    """The step and the optimizer of a batch size. The schedule is in `hparams`: `rate` at its peak, `steps`, and
+    `warmup` and `end_fraction` as in `Setting`."""
+    import jax.numpy as jnp
+
+    from jaxlm.objectives import CausalLM
+    from jaxlm.optim import ScheduleFromHparams, adamw, rewarm
+    from jaxlm.training import accumulate, make_step
+
+    def schedule(h: Mapping[str, Any]) -> Any:
+        return rewarm(h["rate"], h["steps"], jnp.ceil(h["warmup"] * h["steps"]), end_fraction=h["end_fraction"])
+
+    rate = ScheduleFromHparams(schedule)
+    tx = adamw(rate, axes=model.axes(), b2=config.b2, weight_decay=0.0, clip_norm=1.0)
+    gradients = functools.partial(accumulate, micro_batches=max(1, batch_size // config.micro_batch))
+    return make_step(CausalLM(model), tx, gradients=gradients), tx
 
 
 class Data(NamedTuple):

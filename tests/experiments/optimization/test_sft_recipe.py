@@ -2,6 +2,8 @@ import dataclasses
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,10 +19,13 @@ from experiments.optimization.sft_recipe_runs import (
     Setting,
     best_rate,
     draw_data,
+    make_recipe,
     tune,
 )
 from jaxlm.core.errors import ConfigError
 from jaxlm.data.synthetic.skills import KINDS, as_text
+from jaxlm.models import Decoder
+from jaxlm.training import init_state
 
 CONFIG = dataclasses.replace(sft_recipe.PRESETS["small"], samples=1536, batch_sizes=(8, 64), rates=(1e-3, 2e-3))
 
@@ -143,6 +148,25 @@ def test_what_is_judged_is_not_what_was_trained_on():
     for kind in ("format", "skills"):
         assert not base & {as_text(e) for part in (data.train, data.judge, data.plain) for e in part[kind]}
     assert not base & {as_text(e) for e in data.judge["facts"]}
+
+
+def test_the_preset_for_accelerators_traces():
+    config = sft_recipe.PRESETS["smollm2"]
+    model = Decoder(config.model)
+    step, tx = make_recipe(config, model, 3840)
+    hparams = {"rate": 1e-4, "warmup": 0.02, "end_fraction": COSINE, "steps": 12.0}
+
+    def start(key):
+        return init_state(model.init(key)["params"], tx, key, hparams=hparams)
+
+    state = jax.eval_shape(start, jax.random.key(0))
+    kinds = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    kinds["loss_weights"] = jnp.float32
+    batch = {name: jax.ShapeDtypeStruct((3840, config.length), kind) for name, kind in kinds.items()}
+    after, metrics = jax.eval_shape(step, state, None, batch)
+    shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (state, after)]
+    assert shapes[0] == shapes[1]
+    assert metrics["grad_norm"][0].shape == ()
 
 
 @pytest.mark.parametrize(
