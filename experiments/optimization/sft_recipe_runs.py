@@ -316,7 +316,6 @@ class Lab:
             step=make_step(CausalLM(self.model), tx),
             sample=lambda key, step: rows.sample(key, step, config.base_batch),
             num_steps=config.base_steps,
-            evaluate=self.evaluate,
         )
         folder = self.folder / "base"
         (outcome,) = population.train([Member("base", config.base_seed)], folder=folder, keep_params=True, report=say)

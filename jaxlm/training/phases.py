@@ -59,31 +59,17 @@ def keep_best(step: Step, evaluate: Evaluation, every: int, metric: str) -> Step
     if every < 1:
         raise ConfigError(f"every is {every}, expected at least 1")
 
-    def keeping(state: TrainState, frozen: Any, batch: Mapping[str, Array]) -> tuple[TrainState, Any]:
-        best = state.extra
-        state, metrics = step(dataclasses.replace(state, extra=best.extra), frozen, batch)
-        due = state.step % every == 0
-        shapes = jax.eval_shape(lambda x: dict(evaluate(x)), state.trainable)
-        if metric not in shapes:
-            raise ConfigError(f"the best is to be chosen by '{metric}', but evaluations are {sorted(shapes)}")
+    def measure(trainable: Any, frozen: Any) -> tuple[Array, Mapping[str, Array]]:
+        found = evaluate(trainable)
+        _metric_index(metric, found)
+        return found[metric], found
 
-        def measure() -> dict[str, Array]:
-            return {name: jnp.asarray(x, jnp.float32) for name, x in evaluate(state.trainable).items()}
-
-        found = jax.lax.cond(due, measure, lambda: {name: jnp.zeros((), jnp.float32) for name in shapes})
-        better = due & (found[metric] > best.score)
-        kept = functools.partial(jax.tree.map, functools.partial(jnp.where, better))
-        score, trainable = kept((found[metric], state.trainable), (best.score, best.trainable))
-        weight = due.astype(jnp.float32)
-        metrics = {**metrics, **{EVALUATED + name: (x * weight, weight) for name, x in found.items()}}
-        return dataclasses.replace(state, extra=Best(score, trainable, state.extra)), metrics
-
-    return keeping
+    return _keep_best(step, measure, every)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Phase:
-    """Training on one data set. Its program is compiled once, for all members.
+    """Training on one data set.
 
     Args:
       name: unique within a course.
@@ -126,38 +112,41 @@ class Phase:
     def num_steps(self) -> int:
         return self.samples // self.batch_size
 
-    @functools.cached_property
-    def population(self) -> Population:
-        """Runs of this phase, whose result is their best checkpoint."""
+    def train(
+        self,
+        members: Sequence[Member],
+        start: Any,
+        *,
+        frozen: Any = None,
+        folder: Path | None = None,
+        report: Callable[[Outcome], None] | None = None,
+    ) -> list[Outcome]:
+        """Trains members from `start`; their `params` are the best checkpoints, evaluations are in their histories.
 
-        def init(key: Array, hparams: Mapping[str, Array], start: Any) -> TrainState:
-            return init_state(start, self.tx, key, extra=start_best(start), hparams=hparams)
-
+        Phases with equal numbers of rows and samples, and the same other settings, are one compiled program. Arguments
+        and errors are those of `Population.train`; `ConfigError` too for a metric that is not evaluated.
+        """
         every = self.evaluate_every // self.batch_size
-        return Population(
-            init,
-            keep_best(self.step, self.evaluate, every, self.metric),
-            lambda key, step: self.rows.sample(key, step, self.batch_size),
-            self.num_steps,
-            self.evaluate,
-            self.how,
-            view=lambda state: state.extra.trainable,
+        population = _population(
+            self.step, self.tx, self.rows.count, self.num_steps, self.batch_size, self.evaluate, every, self.how
         )
+        index = _metric_index(self.metric, jax.eval_shape(lambda x: dict(self.evaluate(x)), start))
+        given = {"frozen": frozen, "rows": self.rows.arrays, "metric": jnp.asarray(index, jnp.int32)}
+        return population.train(members, start=start, frozen=given, folder=folder, keep_params=True, report=report)
 
 
 class Course(NamedTuple):
     """What became of a run in phases.
 
     `samples`: seen when each evaluation was made, over all phases. `evaluations`: by name, at these. `best`: for each
-    phase the index of the evaluation whose checkpoint the next one began with. `params`: that of the last. `results`:
-    its evaluation. `outcomes`: of each phase.
+    phase the index of the evaluation whose checkpoint the next one began with. `params`: that of the last. `outcomes`:
+    of each phase.
     """
 
     samples: tuple[int, ...]
     evaluations: Mapping[str, Float[np.ndarray, "times"]]
     best: tuple[int, ...]
     params: Any
-    results: Mapping[str, float]
     outcomes: tuple[Outcome, ...]
 
 
@@ -192,9 +181,7 @@ def run_phased(
     for phase in phases:
         hparams = {**member.hparams, "steps": float(phase.num_steps)}
         run = member._replace(name=f"{member.name} {phase.name}", hparams=hparams)
-        (outcome,) = phase.population.train(
-            [run], frozen=frozen, folder=folder, keep_params=True, start=params, report=report
-        )
+        (outcome,) = phase.train([run], params, frozen=frozen, folder=folder, report=report)
         every = phase.evaluate_every // phase.batch_size
         found = {
             name.removeprefix(EVALUATED): x[every - 1 :: every]
@@ -209,7 +196,7 @@ def run_phased(
         outcomes.append(outcome)
         params, seen = outcome.params, seen + phase.samples
     evaluations = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return Course(tuple(samples), evaluations, tuple(best), params, outcomes[-1].results, tuple(outcomes))
+    return Course(tuple(samples), evaluations, tuple(best), params, tuple(outcomes))
 
 
 def stack_phases(phases: Sequence[Phase], metric: str, name: str = "stacked") -> Phase:
@@ -231,3 +218,68 @@ def stack_phases(phases: Sequence[Phase], metric: str, name: str = "stacked") ->
         rows=join_rows([phase.rows for phase in phases]),
         samples=sum(phase.samples for phase in phases),
     )
+
+
+@functools.lru_cache(maxsize=32)
+def _population(
+    step: Step,
+    tx: optax.GradientTransformation,
+    count: int,
+    num_steps: int,
+    batch_size: int,
+    evaluate: Evaluation,
+    every: int,
+    how: str,
+) -> Population:
+    """Runs of phases that differ in their rows and metric alone, which are arguments of the program."""
+    numbers = ResidentRows({"row": jnp.arange(count)})
+
+    def on_rows(state: TrainState, given: Any, batch: Mapping[str, Array]) -> tuple[TrainState, Any]:
+        return step(state, given["frozen"], ResidentRows(given["rows"]).take(batch["row"]))
+
+    def measure(trainable: Any, given: Any) -> tuple[Array, Mapping[str, Array]]:
+        found = evaluate(trainable)
+        scores = jnp.stack([jnp.asarray(found[name], jnp.float32) for name in sorted(found)])
+        return scores[given["metric"]], found
+
+    def init(key: Array, hparams: Mapping[str, Array], start: Any) -> TrainState:
+        return init_state(start, tx, key, extra=start_best(start), hparams=hparams)
+
+    return Population(
+        init,
+        _keep_best(on_rows, measure, every),
+        lambda key, at: numbers.sample(key, at, batch_size),
+        num_steps,
+        how=how,
+        view=lambda state: state.extra.trainable,
+    )
+
+
+def _metric_index(metric: str, evaluations: Mapping[str, Any]) -> int:
+    if metric not in evaluations:
+        raise ConfigError(f"the best is to be chosen by '{metric}', but evaluations are {sorted(evaluations)}")
+    return sorted(evaluations).index(metric)
+
+
+def _keep_best(step: Step, measure: Callable[[Any, Any], tuple[Array, Mapping[str, Array]]], every: int) -> Step:
+    """`keep_best`, for a `measure(trainable, frozen)` that gives the score and all that is measured."""
+
+    def keeping(state: TrainState, frozen: Any, batch: Mapping[str, Array]) -> tuple[TrainState, Any]:
+        best = state.extra
+        state, metrics = step(dataclasses.replace(state, extra=best.extra), frozen, batch)
+        due = state.step % every == 0
+
+        def measured() -> tuple[Array, dict[str, Array]]:
+            found = measure(state.trainable, frozen)
+            return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (found[0], dict(found[1])))
+
+        nothing = jax.tree.map(lambda x: jnp.zeros((), jnp.float32), jax.eval_shape(measured))
+        score, found = jax.lax.cond(due, measured, lambda: nothing)
+        better = due & (score > best.score)
+        kept = functools.partial(jax.tree.map, functools.partial(jnp.where, better))
+        score, trainable = kept((score, state.trainable), (best.score, best.trainable))
+        weight = due.astype(jnp.float32)
+        metrics = {**metrics, **{EVALUATED + name: (x * weight, weight) for name, x in found.items()}}
+        return dataclasses.replace(state, extra=Best(score, trainable, state.extra)), metrics
+
+    return keeping

@@ -64,7 +64,7 @@ def test_the_best_checkpoint_is_that_of_the_run_stopped_there():
     assert course.best == (at,)
     assert at < 3  # it overshoots afterwards
     chex.assert_trees_all_close(course.params, plain(phase(), 2 * (at + 1)).params, rtol=1e-6)
-    assert course.results["near"] == pytest.approx(scores[at])
+    assert float(near(0.5)(course.params)["near"]) == pytest.approx(scores[at])
 
 
 def test_one_phase_is_the_run_without_phases_and_one_phase_stacked_is_itself():
@@ -114,9 +114,9 @@ def test_a_score_that_is_no_number_is_never_the_best():
 @pytest.mark.parametrize("how", ["map", "vmap"])
 def test_members_that_are_mapped_keep_their_own_best(how):
     members = [MEMBER._replace(name=str(r), hparams={"rate": r, "steps": 8.0}) for r in (0.02, 0.05)]
-    found = dataclasses.replace(phase(), how=how).population.train(members, start=START, keep_params=True)
+    found = dataclasses.replace(phase(), how=how).train(members, START)
     for outcome, member in zip(found, members):
-        (one,) = phase().population.train([member], start=START, keep_params=True)
+        (one,) = phase().train([member], START)
         chex.assert_trees_all_close(outcome.params, one.params, rtol=1e-5)
 
 
@@ -134,11 +134,37 @@ def test_the_extra_of_the_step_below_passes_through():
     assert float(state.extra.trainable["w"]) != float(state.trainable["w"])
 
 
+def test_phases_alike_are_one_program():
+    evaluate, traced = near(0.5), []
+
+    def counted(state, frozen, batch):
+        traced.append(1)
+        return step(state, frozen, batch)
+
+    a, b = (phase(name, value, evaluate=evaluate) for name, value in (("a", 1.0), ("b", 3.0)))
+    phases = [dataclasses.replace(a, step=counted), dataclasses.replace(b, step=counted, metric="w")]
+    course = run_phased(phases, MEMBER, START)
+    once = len(traced)
+    chex.assert_trees_all_close(
+        course.params, run_phased([dataclasses.replace(p, step=step) for p in phases], MEMBER, START).params
+    )
+    run_phased(phases[:1], MEMBER, START)
+    assert len(traced) == once
+    assert course.best[1] == 7  # by "w", which grows to the end
+
+
 def test_points_of_a_sweep_start_from_what_they_are_given():
-    made = phase(metric="w")
-    sweep = Sweep(lambda point: made.population, ("rate", "steps"), metric="near", start=START, keep_params=True)
+    made = phase()
+
+    def init(key, hparams, start):
+        return init_state(start, TX, key, hparams=hparams)
+
+    run = Population(
+        init, step, lambda key, s: made.rows.sample(key, s, 4), 8, evaluate=lambda p: {"loss": p["w"]}
+    )
+    sweep = Sweep(lambda point: run, ("rate", "steps"), start=START, keep_params=True)
     (trial,) = sweep.run([{"rate": 0.05, "steps": 8.0}]).trials
-    chex.assert_trees_all_equal(trial.outcomes[0].params, run_phased([made], MEMBER, START).params)
+    chex.assert_trees_all_close(trial.outcomes[0].params, plain(made, 8).params, rtol=1e-6)
 
 
 def test_bad_settings_are_named():
