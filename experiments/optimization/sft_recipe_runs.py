@@ -251,7 +251,7 @@ class Lab:
 
         hparams = {"rate": rate, "warmup": 0.0, "end_fraction": CONSTANT}
         member = Member(f"{name} {rate:g} seed {seed}", seed, hparams)
-        course = run_phased(phases, member, self.base, folder=self.folder / "phases", report=say)
+        course = run_phased(phases, member, self.base, folder=self.folder / "phases", report=_say_done)
         marks = tuple(course.samples[i] for i in course.best)
         return PhaseRun(
             seed, self.judge(course.params), course.samples, tuple(course.evaluations["mean"].tolist()), marks
@@ -318,7 +318,7 @@ class Lab:
             num_steps=config.base_steps,
         )
         folder = self.folder / "base"
-        (outcome,) = population.train([Member("base", config.base_seed)], folder=folder, keep_params=True, report=say)
+        (outcome,) = population.train([Member("base", config.base_seed)], folder=folder, keep_params=True, report=_say_done)
         return outcome.params
 
 
@@ -377,3 +377,7 @@ def to_scores(results: Mapping[str, float]) -> Scores:
 
 def _signals(outcome: Any) -> tuple[np.ndarray, np.ndarray]:
     return outcome.history["grad_norm"], outcome.history["loss"]
+
+
+def _say_done(outcome: Any) -> None:
+    print(f"{outcome.member.name}: done ({outcome.seconds:.0f} s)", flush=True)
