@@ -55,9 +55,9 @@ class Config:
     """A model to fine-tune instead: a folder, a name, a GGUF file, or `package:NAME`."""
     persons: int = 64
     """That there are facts of."""
-    base_examples: int = 8192
+    base_examples: int = 12288
     """Plain forms of each kind that the base is trained on."""
-    base_steps: int = 500
+    base_steps: int = 1500
     base_batch: int = 32
     """Rows, with several plain forms each."""
     base_rate: float = 4e-3

@@ -317,8 +317,8 @@ class Lab:
             sample=lambda key, step: rows.sample(key, step, config.base_batch),
             num_steps=config.base_steps,
         )
-        folder = self.folder / "base"
-        (outcome,) = population.train([Member("base", config.base_seed)], folder=folder, keep_params=True, report=_say_done)
+        member = Member("base", config.base_seed)
+        (outcome,) = population.train([member], folder=self.folder / "base", keep_params=True, report=_say_done)
         return outcome.params
 
 
