@@ -14,6 +14,7 @@ folder (`OUT/model`); `python -m experiments.chat --model OUT` talks to it.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ class Config:
     steps: int | None = None
     batch_size: int = 4
     """Rows (of preferences: pairs) in the global batch."""
+    batch_samples: int | None = None
+    """Chats in the global batch, packed into the rows that they need; goes before `batch_size`."""
     micro_batches: int = 1
     seed: int = 0
     evaluate_every: int = 0
@@ -111,6 +114,8 @@ class Config:
             raise ConfigError(f"spike_threshold is {self.spike_threshold}, expected 0 or more")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"steps is {self.steps}, expected at least 1")
+        if self.batch_samples is not None and (self.batch_samples < 1 or self.objective != "sft"):
+            raise ConfigError(f"batch_samples is {self.batch_samples}, expected at least 1, with the objective 'sft'")
         if self.epochs <= 0:
             raise ConfigError(f"epochs is {self.epochs}, expected more than 0")
         if self.packed and self.method == "full":
@@ -133,6 +138,23 @@ PRESETS: Mapping[str, Config] = {
     "small": Config(),
     "qlora": Config(packed=True),
     "full": Config(method="full", optimizer=OptimizerConfig(learning_rate=2e-5, decay=0.95, weight_decay=0.0)),
+    # The two recipes of Pareja et al. (2025, arXiv 2412.13337), for several accelerators.
+    "tulu": Config(
+        method="full",
+        data=ChatDataConfig(sequence_length=4096),
+        optimizer=OptimizerConfig(learning_rate=2e-5, warmup=0.03, decay=0.97, end_fraction=0.0, weight_decay=0.0),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        batch_samples=128,
+        micro_batches=8,
+    ),
+    "lab": Config(
+        method="full",
+        data=ChatDataConfig(sequence_length=4096),
+        optimizer=OptimizerConfig(learning_rate=2e-5, warmup=0.0, decay=0.0, weight_decay=0.0),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        batch_samples=3840,
+        micro_batches=64,
+    ),
 }
 
 
@@ -162,7 +184,7 @@ def _train(config: Config, out: Path) -> Report:
     batches, validation, notes = make_batches(config, found, template, mesh)
     steps = count_steps(config, batches)
     program, frozen = make_program(config, found, mesh, steps)
-    program.check_batch(config.batch_size)
+    program.check_batch(batches.batch_size)
     for note in notes:
         print(note, flush=True)
 
@@ -228,7 +250,7 @@ def make_batches(config: Config, found: Any, template: Any, mesh: Any) -> tuple[
     """Training and held-out batches (or `None`), and what became of the records in words."""
     import numpy as np
 
-    from jaxlm.core.sharding import data_share
+    from jaxlm.core.sharding import BATCH_AXES, data_share
     from jaxlm.data import chat_batches, chat_examples, chat_records
     from jaxlm.testing import toy_records
 
@@ -249,23 +271,31 @@ def make_batches(config: Config, found: Any, template: Any, mesh: Any) -> tuple[
         options["train_on"] = data.train_on
     held_out = round(data.validation * len(records)) if len(records) > 1 else 0
     order = np.random.default_rng(config.seed).permutation(len(records))
-    chosen = {"held out": sorted(order[:held_out]), "training": sorted(order[held_out:])}
+    chosen = {"training": sorted(order[held_out:]), "held out": sorted(order[:held_out])}
     process_index, process_count = data_share(mesh)
-    notes, made = [], {}
+    place = {"seed": config.seed, "process_index": process_index, "process_count": process_count}
+    notes, made, batch_size = [], {}, config.batch_size
     for name, rows in chosen.items():
         if not rows:
             made[name] = None
             continue
         found_examples, counts = examples([records[i] for i in rows], found.tokenizer, template, **options)
         notes.append(f"{name}: {counts.describe(data.sequence_length)}")
-        made[name] = batches(
-            found_examples,
-            batch_size=config.batch_size,
-            length=data.sequence_length,
-            seed=config.seed,
-            process_index=process_index,
-            process_count=process_count,
-        )
+        if config.batch_samples and name == "training":
+            pieces = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.micro_batches
+            steps = config.steps or max(1, round(config.epochs * len(found_examples) / config.batch_samples))
+            made[name] = chat_batches.SampleBatches(
+                found_examples,
+                samples=config.batch_samples,
+                steps=steps,
+                length=data.sequence_length,
+                row_multiple=pieces,
+                **place,
+            )
+            batch_size = made[name].batch_size // config.micro_batches
+            notes.append(f"{config.batch_samples} samples a batch, in {made[name].batch_size} rows")
+            continue
+        made[name] = batches(found_examples, batch_size=batch_size, length=data.sequence_length, **place)
     return made["training"], made["held out"], notes
 
 

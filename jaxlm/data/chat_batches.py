@@ -5,6 +5,7 @@ In each epoch, rows come in an order keyed by seed and epoch; batches run on ove
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,10 +76,7 @@ class ExampleBatches:
 
     def row_indices(self, step: int) -> Int[np.ndarray, "batch_size"]:
         """The rows in the global batch at a step."""
-        drawn = int(step) * self.batch_size + np.arange(self.batch_size)
-        epoch, position = np.divmod(drawn, self.count)
-        key = np.array([permutation_key(self.seed, self.kind, e) for e in epoch.tolist()], dtype=np.uint64)
-        return permuted(position, self.count, key)
+        return self._in_order(int(step) * self.batch_size, self.batch_size)
 
     def one_pass(self) -> Iterator[Batch]:
         """Every row once, in order, for evaluation; the last batch is filled up with zeros."""
@@ -140,6 +138,12 @@ class ExampleBatches:
     def close(self) -> None:
         """Nothing to stop: everything is in memory."""
 
+    def _in_order(self, start: int, number: int) -> Int[np.ndarray, "number"]:
+        """So many of `count` things from place `start` of the endless order on."""
+        epoch, position = np.divmod(start + np.arange(number), self.count)
+        key = np.array([permutation_key(self.seed, self.kind, e) for e in epoch.tolist()], dtype=np.uint64)
+        return permuted(position, self.count, key)
+
 
 class ChatBatches(ExampleBatches):
     """Examples packed whole by best fit decreasing (Ding et al. 2024, arXiv 2404.10830): `inputs, targets,
@@ -165,6 +169,95 @@ class ChatBatches(ExampleBatches):
 
     def identity(self):
         return {**super().identity(), "pack": self.pack}
+
+
+class SampleBatches(ExampleBatches):
+    """Batches of exactly `samples` examples: the effective batch counts samples, however many fit into a row.
+
+    The examples of a batch are packed whole, by best fit decreasing, into rows that are the same number in all batches:
+    as many as the batch that needs most among the first `steps` (of the run), rounded up to a multiple of
+    `row_multiple` (devices times micro-batches) and of the processes. What is not needed is padding, without weight.
+
+    Arrays are those of `ChatBatches`. Raises `ConfigError` for numbers below 1.
+    """
+
+    kind = "samples"
+
+    def __init__(
+        self,
+        examples: Sequence[Batch],
+        *,
+        samples: int,
+        steps: int,
+        length: int,
+        seed: int,
+        row_multiple: int = 1,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        for name, value in (("samples", samples), ("steps", steps), ("row_multiple", row_multiple)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}, expected at least 1")
+        multiple = math.lcm(row_multiple, process_count)
+        place = {"process_index": process_index, "process_count": process_count}
+        super().__init__(examples, batch_size=multiple, length=length, seed=seed, **place)
+        self.samples, self.steps, self.count = samples, steps, len(examples)
+        self.lengths = [len(example["inputs"]) for example in examples]
+        needed = max(len(self._pack(step)) for step in range(steps))
+        self.batch_size = -(-needed // multiple) * multiple
+        self.local = local_rows(self.batch_size, process_index, process_count)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.count / self.samples
+
+    def plan(self, step: int) -> Plan:
+        """What the rows of the global batch at a step are made of; empty rows come last.
+
+        Raises `DataError` for a later batch than those planned for that needs more rows than there are.
+        """
+        found = self._pack(step)
+        if len(found) > self.batch_size:
+            raise DataError(
+                f"the {self.samples} samples of batch {step} need {len(found)} rows, but there are {self.batch_size}, "
+                f"as the first {self.steps} batches need: plan for more steps"
+            )
+        return found + [[] for _ in range(self.batch_size - len(found))]
+
+    def row_indices(self, step):
+        """The examples in the global batch at a step, before they are packed."""
+        return self._in_order(int(step) * self.samples, self.samples)
+
+    def __getitem__(self, step):
+        return self._fill(self.plan(step))
+
+    def one_pass(self):
+        plan = pack_best_fit_decreasing(self.lengths, self.length)
+        for start in range(0, len(plan), self.batch_size):
+            rows = plan[start : start + self.batch_size]
+            yield self._fill(rows + [[] for _ in range(self.batch_size - len(rows))])
+
+    def provenance(self, step):
+        plan = self.plan(step)
+        weights = fill_rows(self.examples, plan, self.length)["loss_weights"].sum(axis=1)
+        epoch = int(step) * self.samples // self.count
+        described = [
+            {"row": i, "epoch": epoch, "weight": float(weight), "pieces": [list(map(int, piece)) for piece in pieces]}
+            for i, (pieces, weight) in enumerate(zip(plan, weights))
+        ]
+        return {"index": int(step), **self.identity(), "rows": described}
+
+    def identity(self):
+        # A run that goes on for more steps may need more rows; its batches hold the same examples.
+        return {**{k: v for k, v in super().identity().items() if k != "batch_size"}, "samples": self.samples}
+
+    def _pack(self, step: int) -> Plan:
+        drawn = self.row_indices(step)
+        plan = pack_best_fit_decreasing([self.lengths[i] for i in drawn], self.length)
+        return [[piece._replace(example=int(drawn[piece.example])) for piece in row] for row in plan]
+
+    def _fill(self, plan: Plan) -> Batch:
+        return fill_rows(self.examples, plan[self.local.start : self.local.stop], self.length)
 
 
 class PairBatches(ExampleBatches):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.core.keys import fold
-from jaxlm.data.packing import count_rows, read_rows
+from jaxlm.data.packing import Batch, Piece, count_rows, fill_rows, pack_best_fit_decreasing, read_rows
 from jaxlm.data.store import TokenStore
 
 
@@ -144,3 +144,31 @@ def from_start(rows: ResidentRows, start_id: int) -> ResidentRows:
     inputs = np.concatenate([np.full((len(tokens), 1), start_id, tokens.dtype), tokens[:, :-1]], axis=1)
     found = {"inputs": inputs, "targets": tokens, "loss_weights": np.ones(tokens.shape, np.float32)}
     return ResidentRows({name: jnp.asarray(x) for name, x in found.items()})
+
+
+def resident_examples(examples: Sequence[Batch], length: int, *, pack: bool = False) -> ResidentRows:
+    """Rows of `length` pairs of examples in memory: each in a row of its own, so that a batch of n rows has n samples,
+    or with `pack` as many in a row as fit.
+
+    Raises `DataError` for an example that is longer than a row, or none at all.
+    """
+    if not examples:
+        raise DataError("no examples to make rows of")
+    lengths = [len(example["inputs"]) for example in examples]
+    if max(lengths) > length:
+        i = lengths.index(max(lengths))
+        raise DataError(f"example {i} has {lengths[i]} pairs, but rows hold {length}")
+    whole = [[Piece(i, 0, n)] for i, n in enumerate(lengths)]
+    rows = fill_rows(examples, pack_best_fit_decreasing(lengths, length) if pack else whole, length)
+    return ResidentRows({name: jnp.asarray(x) for name, x in rows.items()})
+
+
+def join_rows(parts: Sequence[ResidentRows]) -> ResidentRows:
+    """The union of several sets of rows, in order. Raises `DataError` for none, or other arrays than the first has."""
+    if not parts:
+        raise DataError("no rows to join")
+    shapes = [{name: (x.shape[1:], x.dtype) for name, x in part.arrays.items()} for part in parts]
+    for i, found in enumerate(shapes):
+        if found != shapes[0]:
+            raise DataError(f"rows {i} have arrays {found}, and those they are joined to {shapes[0]}")
+    return ResidentRows({name: jnp.concatenate([p.arrays[name] for p in parts]) for name in parts[0].arrays})

@@ -1,9 +1,26 @@
 """Evaluations of models."""
 
+from jaxlm.evals.early_signals import (
+    Correlation,
+    EarlyRun,
+    Halving,
+    early_mean,
+    halve,
+    halving_plan,
+    samples_to_peak,
+    signal_table,
+)
 from jaxlm.evals.ensembles import growing_ensemble_loss
-from jaxlm.evals.forgetting import Spike, measure_spike
+from jaxlm.evals.forgetting import Retention, Spike, measure_retention, measure_spike
 from jaxlm.evals.generation import Problem, Solved, Verdict, exact_match, few_shot_prompt, match_metrics, solve
-from jaxlm.evals.likelihood import Likelihood, likelihood, make_sums, resident_loss, source_likelihoods
+from jaxlm.evals.likelihood import (
+    Likelihood,
+    likelihood,
+    make_sums,
+    resident_loss,
+    resident_matches,
+    source_likelihoods,
+)
 from jaxlm.evals.methods import EvaluationConfig, Generation, MultipleChoice, Passage, Perplexity, Task
 from jaxlm.evals.multiple_choice import ChoiceScores, Question, choice_metrics, few_shot, score_questions
 from jaxlm.evals.probing import FINE_TUNE, ProbeConfig, ProbeResult, fine_tune, linear_probe
@@ -31,11 +48,14 @@ from jaxlm.evals.tasks import (
 
 __all__ = [
     "Chinchilla",
+    "Correlation",
+    "EarlyRun",
     "FINE_TUNE",
     "ChoiceScores",
     "Estimate",
     "EvaluationConfig",
     "Generation",
+    "Halving",
     "Likelihood",
     "MultipleChoice",
     "Passage",
@@ -46,6 +66,7 @@ __all__ = [
     "ProbeResult",
     "Problem",
     "Question",
+    "Retention",
     "Solved",
     "Spike",
     "Task",
@@ -56,6 +77,7 @@ __all__ = [
     "bootstrap_fit",
     "choice_metrics",
     "data_efficiency",
+    "early_mean",
     "evaluate_task",
     "exact_match",
     "few_shot",
@@ -65,12 +87,15 @@ __all__ = [
     "fit_power_law",
     "fine_tune",
     "growing_ensemble_loss",
+    "halve",
+    "halving_plan",
     "likelihood",
     "linear_probe",
     "make_sums",
     "match_metrics",
     "mcnemar",
     "mean",
+    "measure_retention",
     "measure_spike",
     "nested_asymptote",
     "optimal_batch_tokens",
@@ -79,6 +104,9 @@ __all__ = [
     "score_questions",
     "solve",
     "resident_loss",
+    "resident_matches",
+    "samples_to_peak",
+    "signal_table",
     "source_likelihoods",
     "spearman",
     "task_names",

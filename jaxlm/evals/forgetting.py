@@ -1,7 +1,8 @@
-"""What going on with other data does to the loss on the old: how high it jumps, when it is back, what stays lost."""
+"""What going on with other data does to the old: how high a loss jumps, when it is back, what stays lost of skills."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,3 +47,28 @@ def measure_spike(
     back = peak + np.flatnonzero(y[peak:] <= y[0])
     recovery = float(at[back[0]]) if len(back) else math.inf
     return Spike(float(y[peak] - y[0]), float(at[peak]), recovery, float(y[-1] - y[0]))
+
+
+class Retention(NamedTuple):
+    """What is left of skills. `changes`: of each score. `kept`: the mean over skills that were there before of the
+    share of the score that remains, at most 1 each, so that a gain in one hides no loss in another; NaN if none was
+    there."""
+
+    changes: Mapping[str, float]
+    kept: float
+
+
+def measure_retention(before: Mapping[str, float], after: Mapping[str, float]) -> Retention:
+    """The retention of scores (the higher the better, 0 for nothing) by skill, before and after further training.
+
+    Raises `DataError` for other skills after than before, or a score that is negative or no number.
+    """
+    if before.keys() != after.keys() or not before:
+        raise DataError(f"skills before are {sorted(before)} and after {sorted(after)}, expected the same, one or more")
+    for name in before:
+        for score in (before[name], after[name]):
+            if not (math.isfinite(score) and score >= 0):
+                raise DataError(f"a score of '{name}' is {score}, expected a number of at least 0")
+    shares = [min(1.0, after[name] / score) for name, score in before.items() if score > 0]
+    kept = statistics.fmean(shares) if shares else math.nan
+    return Retention({name: after[name] - score for name, score in before.items()}, kept)

@@ -133,6 +133,30 @@ def resident_batches(rows: ResidentRows, batch_size: int) -> ResidentBatches:
     return ResidentBatches(rows, (order % rows.count, (order < rows.count).astype(np.float32)))
 
 
+def resident_matches(model: Any, rows: ResidentRows, batch_size: int) -> Callable[[Any], Float[Array, "rows"]]:
+    """`params ->` for each row 1 if every counted target is the most likely token, else 0, traceable.
+
+    Where a row is one example with its loss on the answer and the token that ends it, these are the examples that
+    greedy decoding answers exactly: it goes wrong at the first target that is not the most likely one, and not before.
+    NaN for a row without a counted target. The mean over a kind's rows is its exact match.
+    """
+    batches = -(-rows.count // batch_size)
+    order = (np.arange(batches * batch_size) % rows.count).reshape(batches, batch_size)
+
+    def matches(params: Any) -> Float[Array, "rows"]:
+        def judge(chosen: Array) -> Array:
+            batch = rows.take(chosen)
+            given = (batch.get("positions"), batch.get("segment_ids"))
+            found = model.apply({"params": params}, batch["inputs"], *given).argmax(-1)
+            counted = batch["loss_weights"] > 0
+            right = ((found == batch["targets"]) | ~counted).all(-1)
+            return jnp.where(counted.any(-1), right.astype(jnp.float32), jnp.nan)
+
+        return jax.lax.map(judge, jnp.asarray(order)).reshape(-1)[: rows.count]
+
+    return matches
+
+
 def source_likelihoods(
     model: Any,
     params: Any,

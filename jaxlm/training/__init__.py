@@ -5,6 +5,7 @@ from jaxlm.training.checkpoints import Checkpoints, Restored, load_meta, load_pa
 from jaxlm.training.continuation import continue_state
 from jaxlm.training.loop import Callback, Interrupted, fit
 from jaxlm.training.low_precision import LowPrecisionObjective, Recipe, low_precision
+from jaxlm.training.phases import Best, Course, Phase, keep_best, run_phased, stack_phases, start_best
 from jaxlm.training.populations import Member, Outcome, Population
 from jaxlm.training.program import Program
 from jaxlm.training.restarts import change_every
@@ -16,14 +17,17 @@ from jaxlm.training.step import Gradients, accumulate, make_step
 from jaxlm.training.sweeps import Sweep, coordinate_search, grid, random_points, steps_for
 
 __all__ = [
+    "Best",
     "Callback",
     "Checkpoints",
+    "Course",
     "Evaluate",
     "Gradients",
     "Log",
     "LowPrecisionObjective",
     "Member",
     "Outcome",
+    "Phase",
     "Population",
     "Profile",
     "Program",
@@ -44,6 +48,7 @@ __all__ = [
     "grid",
     "fit",
     "init_state",
+    "keep_best",
     "keep_tokenizer",
     "load_meta",
     "load_params",
@@ -51,6 +56,9 @@ __all__ = [
     "low_precision",
     "make_step",
     "random_points",
+    "run_phased",
+    "stack_phases",
+    "start_best",
     "state_shardings",
     "steps_for",
     "train_in_folder",

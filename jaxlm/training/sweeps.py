@@ -143,7 +143,7 @@ class Sweep:
       seeds: of every point's runs.
       folder: where finished runs are kept, a folder a program.
       budget: tokens that every run must train on; `steps_for` gives the steps.
-      frozen: as of `Population.train`.
+      frozen, start: as of `Population.train`.
       keep_params: whether outcomes have parameters.
       report: called with each outcome.
       check_every, stop: as of `Population.train`.
@@ -156,6 +156,7 @@ class Sweep:
     folder: Path | None = None
     budget: int | None = None
     frozen: Any = None
+    start: Any = None
     keep_params: bool = False
     report: Callable[[Outcome], None] | None = None
     check_every: int | None = None
@@ -187,6 +188,7 @@ class Sweep:
             outcomes = populations[name].train(
                 members,
                 frozen=self.frozen,
+                start=self.start,
                 folder=None if self.folder is None else Path(self.folder) / _folder_name(name),
                 keep_params=self.keep_params,
                 report=self.report,

@@ -5,7 +5,7 @@ import pytest
 
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.data.chat import ChatML, Plain, chat_template
-from jaxlm.data.chat_batches import ChatBatches, LabeledBatches, PairBatches
+from jaxlm.data.chat_batches import ChatBatches, LabeledBatches, PairBatches, SampleBatches
 from jaxlm.data.chat_examples import chat_examples, labeled_examples, preference_examples
 from jaxlm.data.chat_jinja import JinjaTemplate
 from jaxlm.data.chat_records import ChatRecord, LabeledRecord, PreferenceRecord
@@ -125,6 +125,47 @@ def test_batches_are_a_function_of_the_step_and_resume_there():
     np.testing.assert_equal({k: np.concatenate([p[k] for p in parts]) for k in ARRAYS}, batches[7])
 
 
+def test_a_batch_counts_samples_not_rows():
+    examples, _ = chat_examples(records(*range(1, 30)), TOKENIZER, Plain(), length=40)
+    settings = {"samples": 8, "steps": 20, "length": 40, "seed": 3}
+    batches = SampleBatches(examples, **settings)
+    used = []
+    for step in range(20):
+        batch, plan = batches[step], batches.plan(step)
+        assert batch["inputs"].shape == (batches.batch_size, 40)
+        # A row's highest segment is the number of its examples.
+        assert batch["segment_ids"].max(axis=1).sum() == 8
+        drawn = [piece.example for row in plan for piece in row]
+        assert batch["loss_weights"].sum() == sum(examples[i]["loss_weights"].sum() for i in drawn)
+        assert sorted(drawn) == sorted(batches.row_indices(step))
+        used += batches.row_indices(step).tolist()
+    assert batches.batch_size < 8  # several to a row
+    assert batches.batch_size == max(sum(map(bool, batches.plan(step))) for step in range(20))
+    assert batches.steps_per_epoch == 29 / 8
+    assert sorted(used[:29]) == sorted(used[29:58]) == list(range(29))
+    passed = list(batches.one_pass())
+    assert sum(b["segment_ids"].max(axis=1).sum() for b in passed) == 29
+    again = SampleBatches(examples, **{**settings, "steps": 40})
+    again.set_state({**batches.get_state(), "next_step": 2})
+    assert next(again)["loss_weights"].sum() == batches[2]["loss_weights"].sum()
+    even = SampleBatches(examples, **settings, row_multiple=3, process_count=2)
+    assert even.batch_size % 6 == 0
+    assert even[0]["inputs"].shape[0] == even.batch_size // 2
+    with pytest.raises(DataError, match="trained on other data"):
+        SampleBatches(examples, **{**settings, "samples": 9}).set_state(batches.get_state())
+    with pytest.raises(ConfigError, match="samples is 0"):
+        SampleBatches(examples, **{**settings, "samples": 0})
+
+
+def test_a_batch_that_was_not_planned_for_and_does_not_fit_is_refused():
+    examples, _ = chat_examples(records(1, 30), TOKENIZER, Plain(), length=34)
+    # Of both, twice over: the third sample is the short one, then the long one is left for the next batch.
+    made = (SampleBatches(examples, samples=3, steps=1, length=34, seed=seed) for seed in range(20))
+    batches = next(b for b in made if b.batch_size == 2)
+    with pytest.raises(DataError, match="the 3 samples of batch 1 need 3 rows, but there are 2"):
+        batches[1]
+
+
 def test_provenance_is_enough_to_make_a_batch_again():
     examples, _ = chat_examples(records(*range(1, 30)), TOKENIZER, Plain(), length=40)
     batches = ChatBatches(examples, batch_size=4, length=40, seed=3)
@@ -134,6 +175,11 @@ def test_provenance_is_enough_to_make_a_batch_again():
         np.testing.assert_equal(made, batches[step])
         assert [row["weight"] for row in rows] == batches[step]["loss_weights"].sum(axis=1).tolist()
         assert rows[0]["epoch"] == 4 * step // batches.count
+    batches = SampleBatches(examples, samples=6, steps=12, length=40, seed=3)
+    rows = batches.provenance(11)["rows"]
+    made = fill_rows(examples, [[Piece(*piece) for piece in row["pieces"]] for row in rows], 40)
+    np.testing.assert_equal(made, batches[11])
+    assert rows[0]["epoch"] == 66 // 29
     pairs = [(examples[i], examples[i + 1]) for i in range(0, 20, 2)]
     batches = PairBatches(pairs, batch_size=3, length=40, seed=3)
     for row, batch_row in zip(batches.provenance(2)["rows"], batches[2]["targets"]):

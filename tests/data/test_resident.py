@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import ConfigError, DataError
-from jaxlm.data.packing import read_rows
-from jaxlm.data.resident import ResidentRows, from_start, mix_rows, resident_rows, switch_samples
+from jaxlm.data.packing import read_rows, shift
+from jaxlm.data.resident import (
+    ResidentRows,
+    from_start,
+    join_rows,
+    mix_rows,
+    resident_examples,
+    resident_rows,
+    switch_samples,
+)
 from jaxlm.data.sources import Document
 from jaxlm.data.store import build_store
 from jaxlm.data.tokenizers import ByteTokenizer
@@ -97,3 +105,25 @@ def test_stages_follow_each_other():
     for stages in ([(1, low)], [(0, low), (0, high)], []):
         with pytest.raises(ConfigError, match="0 first and then later ones"):
             switch_samples(stages)
+
+
+def test_examples_have_rows_of_their_own_or_share_them():
+    examples = [shift(np.arange(n + 1) + 1) for n in (3, 6, 2)]
+    alone, packed = (resident_examples(examples, 6, pack=pack) for pack in (False, True))
+    assert (alone.count, packed.count) == (3, 2)
+    assert alone.arrays["inputs"][0].tolist() == [1, 2, 3, 0, 0, 0]
+    assert np.asarray(alone.arrays["segment_ids"]).sum() == 11
+    assert float(alone.arrays["loss_weights"].sum()) == float(packed.arrays["loss_weights"].sum()) == 11
+    with pytest.raises(DataError, match="example 1 has 6 pairs, but rows hold 5"):
+        resident_examples(examples, 5)
+    with pytest.raises(DataError, match="no examples"):
+        resident_examples([], 5)
+
+
+def test_joined_rows_are_the_union():
+    both = join_rows([ROWS, ROWS])
+    assert both.arrays["x"].tolist() == [*range(10), *range(10)]
+    with pytest.raises(DataError, match="rows 1 have arrays"):
+        join_rows([ROWS, ResidentRows({"x": jnp.arange(3)})])
+    with pytest.raises(DataError, match="no rows"):
+        join_rows([])

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import DataError
-from jaxlm.data.resident import ResidentRows
-from jaxlm.evals import likelihood, make_sums, resident_loss
+from jaxlm.data.packing import shift
+from jaxlm.data.resident import ResidentRows, resident_examples
+from jaxlm.decoding import DecoderStepper, GenerationConfig, generate
+from jaxlm.evals import likelihood, make_sums, resident_loss, resident_matches
 from jaxlm.objectives import CausalLM
 from jaxlm.testing import tiny_decoder
 
@@ -52,3 +54,21 @@ def test_nothing_to_predict_is_an_error():
     model, params = tiny_decoder("llama")
     with pytest.raises(DataError, match="no tokens to evaluate"):
         likelihood(make_sums(CausalLM(model), np.ones(64)), params, [])
+
+
+def test_exact_matches_are_those_of_greedy_decoding():
+    model, params = tiny_decoder("llama")
+    prompts = [[5, 9, 2], [7], [1, 30, 4, 8], [3, 3]]
+    greedy = generate(DecoderStepper(model), params, prompts, GenerationConfig(max_new_tokens=4, temperature=0))
+    examples = []
+    for i, (prompt, answer) in enumerate(zip(prompts, greedy.tokens[:, 0])):
+        answer = answer.copy()
+        if i in (1, 2):  # one wrong token: the first, or the last
+            answer[0 if i == 1 else 3] = (answer[0 if i == 1 else 3] + 1) % 64
+        weights = np.array([0.0] * len(prompt) + [1.0] * 4)
+        examples.append(shift(np.array([*prompt, *answer]), weights))
+    examples.append(shift(np.arange(4), np.zeros(4)))  # nothing to answer
+    rows = resident_examples(examples, 10)
+    for batch_size in (2, 5, 8):
+        found = jax.jit(resident_matches(model, rows, batch_size))(params)
+        np.testing.assert_array_equal(found, [1, 0, 0, 1, np.nan])

@@ -66,6 +66,24 @@ def test_preferences_are_trained_on(tmp_path, objective, method, merge):
     assert (tmp_path / "run" / ("adapter" if (method, merge) == ("lora", False) else "model")).is_dir()
 
 
+def test_a_batch_may_be_counted_in_samples(tmp_path):
+    config = dataclasses.replace(SMOKE, batch_samples=6, micro_batches=2, steps=3, prompts=())
+    report = finetune.run(config, tmp_path / "run")
+    assert "6 samples a batch, in 16 rows" in report.summary  # two micro-batches on eight devices
+    assert report.numbers["loss, held out"] > 0
+    batches, _, steps = finetune.recorded_batches(config, tmp_path / "run")
+    assert steps == 3
+    assert [batches[i]["segment_ids"].max(axis=1).sum() for i in range(3)] == [6, 6, 6]
+    with pytest.raises(ConfigError, match="batch_samples is 6, expected at least 1, with the objective 'sft'"):
+        dataclasses.replace(config, objective="dpo")
+
+
+def test_the_papers_recipes_have_their_schedules():
+    tulu, lab = (finetune.PRESETS[name].optimizer.schedule(1000) for name in ("tulu", "lab"))
+    assert [round(float(tulu(step)) * 1e6, 3) for step in (0, 15, 30, 515, 1000)] == [0, 10, 20, 10, 0]
+    assert {round(float(lab(step)) * 1e6, 3) for step in (0, 500, 999)} == {20}
+
+
 def test_chat_talks_to_the_result(tuned, capsys):
     options = ["--model", str(tuned), "--prompt", "1+1?", "2+2?", "--max_new_tokens", "4", "--temperature", "0"]
     assert runner.execute_tool(chat, options) == 0
