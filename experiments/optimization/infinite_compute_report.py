@@ -135,6 +135,7 @@ def shown(values: Sequence[float]) -> str:
 def _figures(config: "Config", results: Results, laws: Laws) -> tuple[Figure, ...]:
     names = [name for name, _ in config.models()]
     tokens, losses = zip(*results.budgets, strict=True)
+    ahead = range(1, 2 * len(laws.counts) + 1)
     return (
         Figure(
             "Standard weight decay",
@@ -181,7 +182,7 @@ def _figures(config: "Config", results: Results, laws: Laws) -> tuple[Figure, ..
                 for name, law, found in zip(names, laws.members, results.ensembles, strict=True)
                 for line in (
                     Series(name, laws.counts, found, "points"),
-                    Series(f"{name}, law", laws.counts, law.loss(laws.counts), "faint"),
+                    Series(f"{name}, law", ahead, law.loss(ahead), "faint"),
                 )
             ),
             "members",
