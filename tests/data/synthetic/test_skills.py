@@ -64,7 +64,8 @@ def test_the_loss_of_the_plain_form_is_on_everything_or_on_the_answer():
     assert TOKENIZER.decode(whole["inputs"][1:].tolist()) == text
     counted = answer["targets"][answer["loss_weights"] > 0].tolist()
     assert counted[-1] == TOKENIZER.special_ids["eos"]
-    assert skills.is_right(example, TOKENIZER.decode(counted[:-1]) + "\n")
+    assert TOKENIZER.decode(counted[:-1]) == example.answer
+    assert skills.is_right(example, f" {example.answer}\n")
     assert not skills.is_right(example, "x" + example.answer)
 
 
