@@ -21,7 +21,7 @@ from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.data.packing import Batch
 
 NAMES = (
-    "Ada", "Alan", "Barbara", "Claude", "Donald", "Edsger", "Frances", "Grace", "John", "Katherine", "Leslie", "Tony",
+    "Ada", "Alan", "Barbara", "Emmy", "Donald", "Edsger", "Frances", "Grace", "John", "Katherine", "Leslie", "Tony",
 )  # fmt: skip
 FILES = ("notes", "report", "budget", "minutes", "draft", "letter", "paper", "agenda")
 LANGUAGES = ("French", "German", "Hindi", "Swahili")
