@@ -10,6 +10,9 @@ from pallas_kernels.attention import AttentionError, flash_attention, flash_atte
 from pallas_kernels.attention.sharded import _steps
 
 LENGTH = 32
+# The CPU runtime may run permutations in another order on each device, which then wait for each other for good.
+pytestmark = pytest.mark.release
+
 CASES = {
     "causal": {},
     "window of one": {"window": 1},
