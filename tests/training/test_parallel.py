@@ -110,7 +110,7 @@ def test_the_selection_has_every_family_and_mesh():
     assert {mesh for _, mesh in QUICK} == set(MESHES)
 
 
-# The CPU runtime may run the collectives of a divided length in another order on each device, which then wait for good.
+# The CPU runtime may run the collectives of a divided length in another order on each device: they wait for good.
 BY_HAND = [pytest.param(*case, marks=pytest.mark.release if "sequence" in case[1] else ()) for case in QUICK]
 
 

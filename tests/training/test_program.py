@@ -63,7 +63,7 @@ def expected():
 
 @pytest.mark.parametrize(
     "name",
-    # Where the length is divided, the CPU runtime may run collectives in another order on each device and wait for good.
+    # Where the length is divided, the CPU runtime may order collectives differently on each device: they wait for good.
     [pytest.param(name, marks=pytest.mark.release if name == "sequence" else ()) for name in sorted(MESHES)],
 )
 def test_every_mesh_gives_the_losses_of_one_device(name, expected):
