@@ -139,7 +139,7 @@ def attend(
     decodes = _decode_fits(sources, implementation)
     if implementation == "tpu" and decodes or implementation == "auto" and decodes and sharding.platform() == "tpu":
         return _decode(q, sources, scale, softcap, dtype, implementation)
-    fits = _flash_fits(q, sources, implementation)
+    fits = _flash_fits(q, sources)
     if implementation not in ("auto", "reference") and not fits:
         raise ConfigError(
             f"{implementation} attention takes one source without prefix or dense mask, its length divided evenly"
@@ -205,12 +205,8 @@ def _logits(
     return logits if allowed is None else jnp.where(allowed[:, None, None], logits, _MASKED)
 
 
-def _flash_fits(q: Array, sources: tuple[KeyValues, ...], implementation: str) -> bool:
-    parts = sharding.axis_size("sequence")
-    # XLA's CPU runtime may run a ring's permutations and other collectives in another order on each device, which
-    # then wait for each other for good: there keys and values are gathered unless it is asked for.
-    gathers = parts > 1 and sharding.platform() == "cpu" and implementation == "auto"
-    if len(sources) != 1 or q.shape[1] % parts or gathers:
+def _flash_fits(q: Array, sources: tuple[KeyValues, ...]) -> bool:
+    if len(sources) != 1 or q.shape[1] % sharding.axis_size("sequence"):
         return False
     own = sources[0]
     return (

@@ -7,13 +7,14 @@ Source: ZeRO++ (Wang et al., 2023, arXiv 2306.10209, section 3.3), here for one 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError
@@ -60,10 +61,11 @@ def accumulate_in_few_bits(
     def on_device(state: TrainState, frozen: Any, rows: Batch) -> Gradients:
         with sharding.one_device():
             own = accumulate(_Summed(objective), build, state, frozen, rows, micro_batches=micro_batches)
+        loss, metrics = jax.lax.psum((own.loss, own.metrics), AXIS)
         return Gradients(
-            jax.lax.psum(own.loss, AXIS),
-            jax.tree.map(lambda g: all_reduce(g, AXIS, quantizer), own.grads),
-            jax.lax.psum(own.metrics, AXIS),
+            loss,
+            all_reduce(own.grads, AXIS, quantizer),
+            metrics,
             own.extra,
             jax.tree.map(lambda m: jax.lax.pmax(m, AXIS), own.measured),
         )
@@ -73,29 +75,50 @@ def accumulate_in_few_bits(
     return jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)(state, frozen, batch)
 
 
-def all_reduce(x: Float[Array, "..."], axis: str, q: Quantizer) -> Float[Array, "..."]:
-    """The sum of `x` over the devices of a mesh axis, inside `jax.shard_map`, sent in blocks `(1, n)` as `q` says.
+def all_reduce(tree: Any, axis: str, q: Quantizer) -> Any:
+    """The sums of a tree's arrays over the devices of a mesh axis, inside `jax.shard_map`, sent in few bits.
 
-    The result is the same on every device, and has the dtype of `x`.
+    Blocks are `(1, n)`. The results are the same on every device, and have the dtypes of the arrays. All arrays travel
+    as one message of bytes each way.
     """
+    arrays, structure = jax.tree.flatten(tree)
     devices, size = jax.lax.axis_size(axis), 1 if q.block is None else q.block[1] or 1
-    flat = x.astype(jnp.float32).ravel()
-    flat = jnp.pad(flat, (0, -flat.size % (devices * size)))
-    parts = flat.reshape(devices, -1)
+    parts = [jnp.pad(x.astype(jnp.float32).ravel(), (0, -x.size % (devices * size))) for x in arrays]
+    parts = [x.reshape(devices, -1) for x in parts]
+    received = _sent(parts, q, lambda m: jax.lax.all_to_all(m, axis, 0, 0, tiled=True))
+    own = [jnp.sum(x, axis=0, keepdims=True) for x in received]
+    totals = _sent(own, q, lambda m: jax.lax.all_gather(m, axis, axis=0, tiled=True))
+    totals = [total.ravel()[: x.size].reshape(x.shape).astype(x.dtype) for total, x in zip(totals, arrays, strict=True)]
+    return jax.tree.unflatten(structure, totals)
 
-    def sent(rows: Array, move: Any) -> Array:
-        s = quantize(rows, q)
-        form = q.number_format
-        dtype = jnp.int8 if isinstance(form, GridFormat) and form.bits <= 8 else getattr(form, "dtype", None)
-        # Gathered as they are stored: the barrier keeps the compiler from widening before it sends.
-        narrow = jax.lax.optimization_barrier(s.values.astype(dtype or jnp.float32))
-        values = move(narrow).astype(jnp.float32)
-        return dequantize(Scaled(values, s.scale if q.block is None else move(s.scale), jnp.ones(())), q)
 
-    received = sent(parts, lambda m: jax.lax.all_to_all(m, axis, 0, 0, tiled=True))
-    own = jnp.sum(received, axis=0, keepdims=True)
-    total = sent(own, lambda m: jax.lax.all_gather(m, axis, axis=0, tiled=True))
-    return total.ravel()[: x.size].reshape(x.shape).astype(x.dtype)
+def _sent(
+    matrices: list[Float[Array, "rows _"]], q: Quantizer, move: Callable[[Array], Array]
+) -> list[Float[Array, "moved _"]]:
+    """What arrives of matrices that `move` sends, rows of bytes, after rounding."""
+    form = q.number_format
+    dtype = jnp.int8 if isinstance(form, GridFormat) and form.bits <= 8 else getattr(form, "dtype", None)
+    pieces = []
+    for s in (quantize(matrix, q) for matrix in matrices):
+        pieces += [s.values.astype(dtype or jnp.float32)] + ([] if q.block is None else [s.scale])
+    message = [_bytes(piece) for piece in pieces]
+    ends = np.cumsum([m.shape[1] for m in message])[:-1].tolist()
+    arrived = jnp.split(move(jnp.concatenate(message, axis=1)), ends, axis=1)
+    arrived = [_of_bytes(m, piece) for m, piece in zip(arrived, pieces, strict=True)]
+    if q.block is None:
+        return [values.astype(jnp.float32) for values in arrived]
+    pairs = zip(arrived[::2], arrived[1::2], strict=True)
+    return [dequantize(Scaled(values.astype(jnp.float32), scale, jnp.ones(())), q) for values, scale in pairs]
+
+
+def _bytes(x: Array) -> UInt8[Array, "rows bytes"]:
+    return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(x.shape[0], -1)
+
+
+def _of_bytes(message: UInt8[Array, "rows bytes"], like: Array) -> Array:
+    """Rows of bytes as what `_bytes` made them of: the dtype and all axes but the first are those of `like`."""
+    wide = () if like.dtype.itemsize == 1 else (like.dtype.itemsize,)
+    return jax.lax.bitcast_convert_type(message.reshape(-1, *like.shape[1:], *wide), like.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

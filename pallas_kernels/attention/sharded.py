@@ -5,6 +5,9 @@ results are joined by their log-sum-exps. A block of keys that lies `n` blocks b
 queries, so every implementation serves; blocks that no query of a device sees are not computed, and those that no
 device sees (beyond the window) not even sent. With a causal mask the devices at the beginning of the length have less
 to compute than those at its end and wait for them.
+
+Keys and values travel as one array, so that each transfer waits for the one before it: XLA's CPU runtime mixes up the
+collectives of a `shard_map` that do not depend on each other (jaxlib 0.10.2; all of them have channel 1).
 """
 
 import functools
@@ -119,17 +122,21 @@ def flash_attention_ring(
         ("length", sequence_axis, q, 1),
     )
     heads = PartitionSpec(batch_axes, sequence_axis, head_axes, None)
-    rows = PartitionSpec(batch_axes, sequence_axis)
+    rows, whole_rows = PartitionSpec(batch_axes, sequence_axis), PartitionSpec(batch_axes)
 
     @jax.checkpoint
-    def local(q, k, v, segment_ids, bias):
+    def local(q, k, v, segment_ids, kv_segments, bias):
         length, own = q.shape[1], jax.lax.axis_index(sequence_axis)
         send = functools.partial(
             jax.lax.ppermute, axis_name=sequence_axis, perm=[(i, (i + 1) % parts) for i in range(parts)]
         )
 
-        def attend(blocks_back, held):
-            k, v, kv_segments, bias = held
+        def attend(back, blocks_back, held):
+            k, v = jnp.split(held, [q.shape[-1]], axis=-1)
+
+            def block(whole):
+                return jax.lax.dynamic_slice_in_dim(whole, (own - back) % parts * length, length, axis=1)
+
             return flash_attention(
                 q,
                 k,
@@ -137,8 +144,8 @@ def flash_attention_ring(
                 causal=causal,
                 window=window,
                 q_offset=blocks_back * length,
-                segment_ids=None if kv_segments is None else (segment_ids, kv_segments),
-                bias=bias,
+                segment_ids=None if segment_ids is None else (segment_ids, block(kv_segments)),
+                bias=None if bias is None else block(bias),
                 return_lse=True,
                 **options,
             )
@@ -147,18 +154,22 @@ def flash_attention_ring(
             shape = q.shape[0], q.shape[2], length
             return jnp.zeros_like(q), jnp.full(shape, -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
 
-        held = k, v, segment_ids, bias
-        found = [attend(0, held)]
+        held = jnp.concatenate([k, v], axis=-1)
+        found = [attend(0, 0, held)]
         for back in range(1, _steps(parts, length, causal, window)):
-            held = jax.tree.map(send, held)
+            held = send(held)
             # Past the row's beginning the ring goes on with its end: keys that come after the queries.
-            later = nothing if causal else functools.partial(attend, back - parts)
-            found.append(jax.lax.cond(own >= back, functools.partial(attend, back), later, held))
+            later = nothing if causal else functools.partial(attend, back, back - parts)
+            found.append(jax.lax.cond(own >= back, functools.partial(attend, back, back), later, held))
         return combine(*map(list, zip(*found)))[0]
 
     return jax.shard_map(
-        local, mesh=mesh, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False
-    )(q, k, v, segment_ids, bias)
+        local,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, rows, whole_rows, whole_rows),
+        out_specs=heads,
+        check_vma=False,
+    )(q, k, v, segment_ids, segment_ids, bias)
 
 
 def _steps(parts: int, length: int, causal: bool, window: int | None) -> int:

@@ -55,9 +55,9 @@ def statistics(run: Callable, x: Array, head: Array, targets: Array, shards: Sha
         lse, picked, top = run(x, head, targets - _first_column(head, vocab, transposed))
         if vocab is not None:
             # Each token's target is in one part; in the others its logit is 0.
-            highest = jax.lax.pmax(lse, vocab)
-            lse = highest + jnp.log(jax.lax.psum(jnp.exp(lse - highest), vocab))
-            picked, top = jax.lax.psum(picked, vocab), jax.lax.pmax(top, vocab)
+            highest, top = jax.lax.pmax(jnp.stack([lse, top]), vocab)
+            total, picked = jax.lax.psum(jnp.stack([jnp.exp(lse - highest), picked]), vocab)
+            lse = highest + jnp.log(total)
         return lse, picked, top
 
     return jax.shard_map(

@@ -77,8 +77,8 @@ def test_a_kernel_that_is_replicated_would_be_found():
     assert "kernel" in largest_replicated(state)[0][1]
 
 
-def compiled_step(mesh: MeshConfig, **options) -> tuple[hlo.Costs, str, Decoder]:
-    model = Decoder(tiny_config("llama", num_layers=3, vocab_size=VOCAB, num_kv_heads=4, **options))
+def compiled_step(mesh: MeshConfig) -> tuple[hlo.Costs, str, Decoder]:
+    model = Decoder(tiny_config("llama", num_layers=3, vocab_size=VOCAB, num_kv_heads=4))
     made = program(mesh, model)
     dtypes = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32) | {"loss_weights": jnp.float32}
     place = batch_sharding(made.mesh, 2)
@@ -133,8 +133,7 @@ def test_tensor_parallelism_gathers_neither_logits_nor_a_whole_vocabulary(mesh):
 
 
 def test_context_parallelism_sends_keys_and_values_and_no_logits():
-    # On CPUs the ring has to be asked for.
-    costs, text, model = compiled_step(MeshConfig(data=2, sequence=4), attention="blocked")
+    costs, text, model = compiled_step(MeshConfig(data=2, sequence=4))
     assert not [shape for shape in arrays_sent(text) if VOCAB in shape and len(shape) > 2]
     assert not sent(costs, "all-gather", "all-to-all")
     parameters = total_bytes(model.abstract_params())

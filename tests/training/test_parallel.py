@@ -110,11 +110,7 @@ def test_the_selection_has_every_family_and_mesh():
     assert {mesh for _, mesh in QUICK} == set(MESHES)
 
 
-# The CPU runtime may run the collectives of a divided length in another order on each device: they wait for good.
-BY_HAND = [pytest.param(*case, marks=pytest.mark.release if "sequence" in case[1] else ()) for case in QUICK]
-
-
-@pytest.mark.parametrize(("name", "mesh"), BY_HAND)
+@pytest.mark.parametrize(("name", "mesh"), QUICK)
 def test_a_mesh_gives_losses_and_gradients_of_one_device(name, mesh):
     check(name, mesh)
 
@@ -125,7 +121,6 @@ def test_every_family_on_every_mesh(name, mesh):
     check(name, mesh)
 
 
-@pytest.mark.release
 def test_a_length_that_does_not_divide_stays_whole():
     # Fifteen tokens on four parts: attention falls back to the reference, chunks to neighbors.
     model = Decoder(tiny_config("llama", num_layers=1))

@@ -10,9 +10,6 @@ from pallas_kernels.attention import AttentionError, flash_attention, flash_atte
 from pallas_kernels.attention.sharded import _steps
 
 LENGTH = 32
-# The CPU runtime may run permutations in another order on each device, which then wait for each other for good.
-pytestmark = pytest.mark.release
-
 CASES = {
     "causal": {},
     "window of one": {"window": 1},
@@ -75,7 +72,7 @@ def test_blocks_that_no_query_sees_are_not_sent():
     assert _steps(4, 8, False, 3) == 4
     q, k, v, _, _ = arrays()
     run = jax.jit(lambda q: flash_attention_ring(q, k, v, sequence_axis="sequence", mesh=mesh(2, 4, 1), window=9))
-    assert run.lower(q).compile().as_text().count(" collective-permute(") == 2  # keys and values, once
+    assert run.lower(q).compile().as_text().count(" collective-permute(") == 1  # keys and values together
 
 
 def test_what_does_not_fit_is_refused():
