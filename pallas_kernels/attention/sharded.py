@@ -125,7 +125,7 @@ def flash_attention_ring(
     rows, whole_rows = PartitionSpec(batch_axes, sequence_axis), PartitionSpec(batch_axes)
 
     @jax.checkpoint
-    def local(q, k, v, segment_ids, kv_segments, bias):
+    def local(q, held, segment_ids, kv_segments, bias):
         length, own = q.shape[1], jax.lax.axis_index(sequence_axis)
         send = functools.partial(
             jax.lax.ppermute, axis_name=sequence_axis, perm=[(i, (i + 1) % parts) for i in range(parts)]
@@ -154,7 +154,6 @@ def flash_attention_ring(
             shape = q.shape[0], q.shape[2], length
             return jnp.zeros_like(q), jnp.full(shape, -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
 
-        held = jnp.concatenate([k, v], axis=-1)
         found = [attend(0, 0, held)]
         for back in range(1, _steps(parts, length, causal, window)):
             held = send(held)
@@ -166,10 +165,10 @@ def flash_attention_ring(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(heads, heads, heads, rows, whole_rows, whole_rows),
+        in_specs=(heads, heads, rows, whole_rows, whole_rows),
         out_specs=heads,
         check_vma=False,
-    )(q, k, v, segment_ids, segment_ids, bias)
+    )(q, jnp.concatenate([k, v], axis=-1), segment_ids, segment_ids, bias)
 
 
 def _steps(parts: int, length: int, causal: bool, window: int | None) -> int:
