@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.checks import check_counts, check_seeds
 from jaxlm.core.configs import fingerprint
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.core.json_files import read_json, write_json
@@ -22,7 +23,6 @@ class Text:
     train: Any
     tuning: Any
     judge: Any
-    vocab_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,31 @@ class StudyConfig:
     """Of the runs that are judged."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "judge_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or self.tuning_seed in self.seeds:
-            raise ConfigError(f"seeds are {self.seeds}, expected different ones, none of them {self.tuning_seed}")
+        check_counts(self, "steps", "batch_size", "judge_rows")
+        check_seeds(self.seeds, self.tuning_seed)
+
+
+SMALL: Mapping[str, Any] = {
+    "model": DecoderConfig(vocab_size=1024, num_layers=2, embed_dim=96, num_heads=4, mlp_dim=256, max_length=128),
+    "data": DataConfig(vocab_size=1024, sequence_length=128),
+}
+"""Fields of a `StudyConfig`: model and text of studies that train on the standard library in minutes."""
+
+SMOKE: Mapping[str, Any] = {
+    "model": DecoderConfig(vocab_size=512, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32, max_length=32),
+    "data": DataConfig(tokenizer="byte", sequence_length=32),
+    "batch_size": 4,
+    "judge_rows": 8,
+    "seeds": (1,),
+}
+"""Fields of a `StudyConfig` with which every line runs in seconds."""
+
+FRAME: Mapping[str, Any] = {
+    "warmup": 0.1, "decay": 0.9, "decay_shape": "cosine", "end_fraction": 0.1, "weight_decay": 0.0, "clip_norm": None,
+    "b2": 0.999,
+}  # fmt: skip
+"""Fields of an `OptimizerConfig`, common to the papers on optimizers: linear warm-up over a tenth, cosine to a tenth;
+no weight decay, no clipping."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,21 +136,25 @@ class Keeper:
 
 def load_text(config: StudyConfig) -> Text:
     """The rows of a study, from the caches of `prepare_data`."""
+    return read_text(config.data, config.model.vocab_size, config.steps * config.batch_size, config.judge_rows)
+
+
+def read_text(data: DataConfig, vocab_size: int, train_rows: int, judge_rows: int) -> Text:
+    """At most so many rows to train on, as many to tune by, and as many to judge by.
+
+    Raises `ConfigError` if the tokenizer has more than `vocab_size` ids.
+    """
     from jaxlm.data.prepare import prepare_data
     from jaxlm.data.resident import resident_rows
 
-    prepared = prepare_data(config.data)
-    if prepared.tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {prepared.tokenizer.vocab_size} ids but model.vocab_size is {config.model.vocab_size}"
-        )
-    length, columns = config.data.sequence_length, ("inputs", "targets", "loss_weights", "segment_ids", "positions")
-    train = resident_rows(
-        prepared.train, length, max_rows=max(config.steps * config.batch_size, config.batch_size), columns=columns
+    prepared, columns = prepare_data(data), ("inputs", "targets", "loss_weights", "segment_ids", "positions")
+    if prepared.tokenizer.vocab_size > vocab_size:
+        raise ConfigError(f"the tokenizer has {prepared.tokenizer.vocab_size} ids but model.vocab_size is {vocab_size}")
+    train, held_out = (
+        resident_rows(store, data.sequence_length, max_rows=rows, columns=columns)
+        for store, rows in ((prepared.train, train_rows), (prepared.validation, 2 * judge_rows))
     )
-    held_out = resident_rows(prepared.validation, length, max_rows=2 * config.judge_rows, columns=columns)
-    tuning, judge = held_out.cut(0.5, 0.5)
-    return Text(train, tuning, judge, prepared.tokenizer.vocab_size)
+    return Text(train, *held_out.cut(0.5, 0.5))
 
 
 def compare_arms(config: StudyConfig, arms: Mapping[str, Arm], text: Text, out: Path) -> dict[str, ArmResult]:

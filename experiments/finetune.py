@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import runner
+from experiments.checks import check_counts
 from jaxlm.core.configs import to_dict
 from jaxlm.core.errors import ConfigError, DataError, nearest
 from jaxlm.core.sharding import MeshConfig
@@ -106,10 +107,9 @@ class Config:
         for name, known in (("objective", OBJECTIVES), ("method", METHODS), ("non_finite", ("stop", "skip"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is '{getattr(self, name)}': {nearest(getattr(self, name), known)}")
-        counts = ("batch_size", "micro_batches", "checkpoint_every", "keep_checkpoints", "max_skipped", "sample_tokens")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_counts(
+            self, "batch_size", "micro_batches", "checkpoint_every", "keep_checkpoints", "max_skipped", "sample_tokens"
+        )
         if not self.spike_threshold >= 0:
             raise ConfigError(f"spike_threshold is {self.spike_threshold}, expected 0 or more")
         if self.steps is not None and self.steps < 1:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import runner
+from experiments.checks import check_counts
 from jaxlm.core.configs import to_dict
 from jaxlm.core.errors import CheckpointError, ConfigError
 from jaxlm.core.policies import STORED, PrecisionConfig
@@ -67,9 +68,9 @@ class Config:
     sample_tokens: int = 64
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "micro_batches", "checkpoint_every", "keep_checkpoints", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_counts(
+            self, "steps", "batch_size", "micro_batches", "checkpoint_every", "keep_checkpoints", "max_skipped"
+        )
         if not self.spike_threshold >= 0:
             raise ConfigError(f"spike_threshold is {self.spike_threshold}, expected 0 or more")
         if self.non_finite not in ("stop", "skip"):

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import runner
+from experiments.checks import check_counts, check_seeds
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.json_files import number, read_json, write_json
 from jaxlm.evals import FINE_TUNE, ProbeConfig
@@ -80,8 +81,11 @@ class Config:
     def __post_init__(self):
         if not self.widths or any(self.widths[-1] % w or w % self.head_dim for w in self.widths):
             raise ConfigError(f"widths are {self.widths}: each must divide the last, and head_dim {self.head_dim} each")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds are {self.seeds}, expected different ones")
+        check_counts(self, "sentences", "layers", "batch_size", "judge_sentences", "probe_sentences")
+        check_counts(self, "trace_draws", "trace_batch")
+        check_seeds(self.seeds)
+        if not self.at or sorted(set(self.at)) != list(self.at) or self.at[0] < 1:
+            raise ConfigError(f"at is {self.at}, expected steps that increase")
         if self.band <= 0:
             raise ConfigError(f"band is {self.band}, expected above 0")
 

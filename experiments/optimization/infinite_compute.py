@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from experiments import runner
+from experiments.checks import check_counts
 from experiments.optimization.infinite_compute_report import Laws, best_by, report, shown
 from experiments.optimization.infinite_compute_runs import Point, Results, train
 from jaxlm.core.errors import ConfigError
@@ -71,12 +72,10 @@ class Config:
     """How members are trained together (`jaxlm.training.Population`)."""
 
     def __post_init__(self):
-        for name in (
-            "rows", "batch_size", "num_layers", "student_epochs", "teacher_rows", "teacher_batch", "judge_rows",
+        check_counts(
+            self, "rows", "batch_size", "num_layers", "student_epochs", "teacher_rows", "teacher_batch", "judge_rows",
             "judge_batch",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        )  # fmt: skip
         if len(self.widths) < 3 or sorted(set(self.widths)) != list(self.widths):
             raise ConfigError(f"widths are {self.widths}, expected three or more that increase")
         if bad := [w for w in self.widths if w < 1 or w % HEAD_DIM]:

@@ -23,17 +23,16 @@ from typing import Any
 
 from experiments import bases, runner
 from experiments.bases import StudyConfig
+from experiments.checks import check_rates
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.policies import precision_policy
 from jaxlm.data.prepare import DataConfig
 from jaxlm.models.config import DecoderConfig
 from jaxlm.optim.config import OptimizerConfig
 from jaxlm.reporting import Claim, Figure, Report, Series, Table
+from jaxlm.reporting.figures import smooth
 
-# The schedule of the `scale` study: linear warm-up over a tenth, cosine to a tenth; no weight decay, no clipping.
-_OPTIMIZER = OptimizerConfig(
-    "adamw", warmup=0.1, decay=0.9, decay_shape="cosine", end_fraction=0.1, weight_decay=0.0, clip_norm=None, b2=0.999
-)
+_OPTIMIZER = OptimizerConfig("adamw", **bases.FRAME)
 BASELINE, SLOW_BASELINE = "float32", "float32, small rate"
 NEAR = ("bfloat16", "float16", "int8_switchback", "int8_block", "fp8_delayed", "fp8_current", "mxfp8")
 """What should be within 1 % of float32."""
@@ -58,8 +57,7 @@ class Config(StudyConfig):
         super().__post_init__()
         for name in (*self.arms, *self.slow_arms):
             precision_policy(name)
-        if not self.rates or min(self.rates) <= 0:
-            raise ConfigError(f"rates are {self.rates}, expected positive ones")
+        check_rates(self, "rates")
         if not 0 < self.slow_share < 1:
             raise ConfigError(f"slow_share is {self.slow_share}, expected between 0 and 1")
 
@@ -120,7 +118,7 @@ def run(config: Config, out: Path) -> Report:
 
     def train(population: Any, name: str, rate: float, seeds: tuple[int, ...], keep: bool = False) -> list[Any]:
         members = [Member(f"{name} {rate:g} {seed}", seed, {"learning_rate": rate}) for seed in seeds]
-        return population.train(members, folder=out / "members", keep_params=keep, report=_say)
+        return population.train(members, folder=out / "members", keep_params=keep, report=bases.say)
 
     float32 = _population(config, BASELINE, text)
     tuning = {r: train(float32, BASELINE, r, (config.tuning_seed,))[0].results["tuning"] for r in config.rates}
@@ -213,9 +211,9 @@ def report(config: Config, rate: float, tuning: Mapping[float, float], results: 
     figures = tuple(
         Figure(
             title,
-            tuple(Series(name, range(1, len(h) + 1), _smooth(h)) for name, h in group.items()),
+            tuple(Series(name, range(1, len(h) + 1), smooth(h)) for name, h in group.items()),
             "step",
-            "nats a token (mean of 10 steps)",
+            "nats a token (smoothed)",
         )
         for title, group in groups
         if group
@@ -281,14 +279,6 @@ def _progress(results: Mapping[str, Result], name: str) -> float:
 
 def _listed(tuning: Mapping[float, float]) -> str:
     return ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in tuning.items())
-
-
-def _smooth(values: tuple[float, ...], width: int = 10) -> list[float]:
-    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
-
-
-def _say(outcome: Any) -> None:
-    print(f"{outcome.member.name}: judge {outcome.results['judge']:.4f} ({outcome.seconds:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

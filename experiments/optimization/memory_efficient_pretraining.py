@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import bases, runner
-from experiments.bases import Arm, ArmResult, StudyConfig
-from jaxlm.core.errors import ConfigError, nearest
-from jaxlm.data.prepare import DataConfig
+from experiments.bases import FRAME, Arm, ArmResult, StudyConfig
+from experiments.checks import check_arms, check_counts, check_rates
+from jaxlm.core.errors import ConfigError
 from jaxlm.models.config import DecoderConfig
 from jaxlm.optim.config import LowRankOptions, OptimizerConfig
 from jaxlm.peft.parametrizations import Parametrization, is_base, parametrize
@@ -30,11 +30,6 @@ from jaxlm.reporting.figures import smooth
 
 ARMS = ("full", "low_rank", "low_rank, restarts", "sltrain", "sltrain, restarts", "galore", "fira", "lora", "relora")
 _RESTARTED = {"low_rank, restarts": "low_rank", "sltrain, restarts": "sltrain"}
-# Linear warm-up over a tenth, cosine to a tenth, no weight decay, no clipping: the paper's frame.
-_SCHEDULE: dict[str, Any] = {
-    "warmup": 0.1, "decay": 0.9, "decay_shape": "cosine", "end_fraction": 0.1, "weight_decay": 0.0, "clip_norm": None,
-    "b2": 0.999,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,32 +51,21 @@ class Config(StudyConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_arms(self.arms, ARMS)
+        check_counts(self, "rank", "cycle", "period", "last_steps")
+        check_rates(self, "rates")
         for name in self.arms:
-            if name not in ARMS:
-                raise ConfigError(f"no arm '{name}': {nearest(name, ARMS)}")
             if name in _RESTARTED and _RESTARTED[name] not in self.arms:
                 raise ConfigError(f"arm '{name}' runs at the rate of '{_RESTARTED[name]}': add that arm")
-        for name in ("rank", "cycle", "period", "last_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
 
 
-SMALL = Config(
-    model=DecoderConfig(vocab_size=1024, num_layers=2, embed_dim=96, num_heads=4, mlp_dim=256, max_length=128),
-    data=DataConfig(vocab_size=1024, sequence_length=128),
-    steps=400,
-    batch_size=8,
-)
+SMALL = Config(**bases.SMALL, steps=400, batch_size=8)
 
 PRESETS: Mapping[str, Config] = {
     "smoke": dataclasses.replace(
         SMALL,
-        model=DecoderConfig(vocab_size=512, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32, max_length=32),
-        data=DataConfig(tokenizer="byte", sequence_length=32),
+        **bases.SMOKE,
         steps=24,
-        batch_size=4,
-        judge_rows=8,
-        seeds=(1,),
         arms=("full", "sltrain", "sltrain, restarts"),
         rank=4,
         cycle=12,
@@ -105,7 +89,7 @@ def make_arm(config: Config, name: str, rates: tuple[float, ...]) -> Arm:
         method if method in ("galore", "fira") else "adamw",
         low_rank=low_rank,
         reset_every=config.cycle if restarts else 0,
-        **_SCHEDULE,
+        **FRAME,
     )
     form = method if method in ("low_rank", "sltrain", "lora", "relora") else "dense"
     return Arm(optimizer, rates, Parametrization(form, rank=config.rank, density=config.density))

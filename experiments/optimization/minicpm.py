@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import bases, runner
-from experiments.optimization.minicpm_runs import HORIZONS, Lab, load_stream, schedule_name
+from experiments.checks import check_counts, check_rates, check_seeds
+from experiments.optimization.minicpm_runs import HORIZONS, Lab, read_stream, schedule_name
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.json_files import number
 from jaxlm.data.prepare import DataConfig
@@ -78,15 +79,13 @@ class Config:
         for name in ("steps", "law_steps"):
             if getattr(self, name) < 1 or getattr(self, name) % 10:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a multiple of 10, for decays of a tenth")
-        for name in ("num_layers", "width_steps", "sft_steps", "batch_size", "judge_rows", "probes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_counts(self, "num_layers", "width_steps", "sft_steps", "batch_size", "judge_rows", "probes")
+        check_rates(self, "rates", "width_rates")
+        check_seeds(self.seeds, self.tuning_seed)
         if not 0 < self.instruction_rows < self.batch_size:
             raise ConfigError(f"instruction_rows is {self.instruction_rows}, expected from 1 to {self.batch_size - 1}")
         if any(w % HEAD_DIM for w in (self.width, *self.widths)) or len(set(self.widths)) < 3:
             raise ConfigError(f"widths {self.widths}, width {self.width}: expected 3 or more, multiples of {HEAD_DIM}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or self.tuning_seed in self.seeds:
-            raise ConfigError(f"seeds are {self.seeds}, expected different ones, none of them {self.tuning_seed}")
         if {self.data.tokenizer, self.instructions.tokenizer} != {"byte"}:
             raise ConfigError("data and instructions need the tokenizer 'byte': losses here are nats a byte")
 
@@ -317,7 +316,7 @@ def claims(config: Config, results: Results) -> list[Claim]:
 
 
 def _train(config: Config, folder: Path) -> Results:
-    lab = Lab(config, {name: load_stream(config, name) for name in ("data", "instructions")})
+    lab = Lab(config, {name: read_stream(config, name) for name in ("data", "instructions")})
     keep = bases.Keeper(folder, config)
     tuned = {
         kind: {rate: keep(f"tuning {kind} {rate:g}", lambda k=kind, r=rate: lab.tuning(k, r)) for rate in config.rates}

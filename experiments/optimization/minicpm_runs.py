@@ -4,7 +4,9 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from experiments import bases
 
 if TYPE_CHECKING:
     from experiments.optimization.minicpm import Config
@@ -17,19 +19,11 @@ END = 0.1
 """Rate at the end of every decay as a share of the peak."""
 
 
-class Stream(NamedTuple):
-    """Rows to train on, to tune by and to judge by."""
-
-    train: Any
-    tuning: Any
-    judge: Any
-
-
 class Lab:
     """Trains stretches of runs: from a state, over some steps, to a state. All stretches of one width and text are
     repetitions of one compiled program, which trains `_unit` steps."""
 
-    def __init__(self, config: "Config", text: Mapping[str, Stream]):
+    def __init__(self, config: "Config", text: Mapping[str, bases.Text]):
         self.config, self.text = config, text
         self._unit = math.gcd(config.steps // 10, config.law_steps // 10, config.width_steps, config.sft_steps)
         self._parts: dict[Any, Any] = {}
@@ -222,18 +216,10 @@ class Lab:
         return self._parts[key]
 
 
-def load_stream(config: "Config", name: str) -> Stream:
+def read_stream(config: "Config", name: str) -> bases.Text:
     """The rows of `config.data` or `config.instructions`."""
-    from jaxlm.data.prepare import prepare_data
-    from jaxlm.data.resident import resident_rows
-
-    data = getattr(config, name)
-    prepared = prepare_data(data)
-    columns = ("inputs", "targets", "loss_weights", "segment_ids", "positions")
     most = config.batch_size * max(HORIZONS[-1] * config.steps, BRANCHES[-1] * config.law_steps)
-    train = resident_rows(prepared.train, data.sequence_length, max_rows=most, columns=columns)
-    held_out = resident_rows(prepared.validation, data.sequence_length, max_rows=2 * config.judge_rows, columns=columns)
-    return Stream(train, *held_out.cut(0.5, 0.5))
+    return bases.read_text(getattr(config, name), config.model(config.width).vocab_size, most, config.judge_rows)
 
 
 def schedule_name(kind: str, length: int) -> str:

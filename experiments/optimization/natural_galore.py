@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import bases, runner
-from experiments.bases import Arm, ArmResult, StudyConfig
-from jaxlm.core.errors import ConfigError
+from experiments.bases import FRAME, Arm, ArmResult, StudyConfig
+from experiments.checks import check_counts, check_rates
 from jaxlm.data.prepare import DataConfig
 from jaxlm.data.synthetic.function_calls import VOCABULARY
 from jaxlm.models.config import DecoderConfig
@@ -31,10 +31,7 @@ from jaxlm.peft.parametrizations import Parametrization
 from jaxlm.reporting import Claim, Figure, Report, Series, Table
 from jaxlm.reporting.figures import smooth
 
-_SCHEDULE: dict[str, Any] = {
-    "warmup": 0.1, "decay": 0.9, "decay_shape": "cosine", "end_fraction": 0.1, "weight_decay": 0.0, "clip_norm": None,
-    "b2": 0.999, "eps": 1e-6,
-}  # fmt: skip
+_SCHEDULE: Mapping[str, Any] = {**FRAME, "eps": 1e-6}
 _DAMPINGS = {"absolute": 1e-3, "relative": 1.0}
 _QUADRATIC = ("galore", "natural, 0.001", "natural, 1", "natural, relative")
 
@@ -51,6 +48,11 @@ class ToolConfig(StudyConfig):
     """How deep texts are nested."""
     rank: int = 4
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self, "base_steps", "examples", "rank")
+        check_rates(self, "rates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +75,12 @@ class Config(StudyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("rank", "period", "history", "quadratic_seeds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_counts(self, "rank", "period", "history", "quadratic_seeds")
+        check_rates(self, "rates", "adam_rates")
 
 
 SMALL = Config(
-    model=DecoderConfig(vocab_size=1024, num_layers=2, embed_dim=96, num_heads=4, mlp_dim=256, max_length=128),
-    data=DataConfig(vocab_size=1024, sequence_length=128),
+    **bases.SMALL,
     steps=400,
     batch_size=8,
     tools=ToolConfig(
@@ -97,12 +97,8 @@ SMALL = Config(
 PRESETS: Mapping[str, Config] = {
     "smoke": dataclasses.replace(
         SMALL,
-        model=DecoderConfig(vocab_size=512, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32, max_length=32),
-        data=DataConfig(tokenizer="byte", sequence_length=32),
+        **bases.SMOKE,
         steps=3,
-        batch_size=4,
-        judge_rows=8,
-        seeds=(1,),
         rank=4,
         period=2,
         history=2,

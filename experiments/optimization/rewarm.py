@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import runner
+from experiments.checks import check_counts, check_rates, check_seeds
 from experiments.optimization.rewarm_runs import (
     CONSTANT,
     KEPT,
@@ -84,17 +85,15 @@ class Config:
     """Each has an upstream run of its own."""
 
     def __post_init__(self):
-        for name in ("upstream_steps", "steps", "batch_size", "judge_rows", "track_rows", "track_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_counts(self, "upstream_steps", "steps", "batch_size", "judge_rows", "track_rows", "track_every")
+        check_rates(self, "upstream_rates")
+        check_seeds(self.seeds, self.tuning_seed)
         if self.upstream_steps % LEGS:
             raise ConfigError(f"upstream_steps is {self.upstream_steps}, expected a multiple of {LEGS}")
         if len(self.peaks) < 2 or sorted(set(self.peaks)) != list(self.peaks) or 1.0 not in self.peaks:
             raise ConfigError(f"peaks are {self.peaks}, expected two or more that increase, 1.0 among them")
         if WARMUP not in self.warmups or not all(0 <= w < 1 for w in self.warmups):
             raise ConfigError(f"warmups are {self.warmups}, expected shares of the steps, {WARMUP} among them")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or self.tuning_seed in self.seeds:
-            raise ConfigError(f"seeds are {self.seeds}, expected different ones, none of them {self.tuning_seed}")
         if self.upstream.tokenizer != self.downstream.tokenizer or self.upstream.tokenizer == "sentencepiece":
             raise ConfigError("upstream and downstream need one tokenizer for both: 'byte', or the path of a saved one")
 

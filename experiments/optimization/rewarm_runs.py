@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from experiments import bases
 from jaxlm.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def train(config: "Config", folder: Path) -> Results:
         states = [fresh(before, seed, hparams)]
         for i in range(LEGS):
             member = Member(f"upstream {peak:g} {seed} part {i + 1}", seed, hparams)
-            (outcome,) = leg.train([member], start=states[-1], folder=folder, keep_state=True, report=_say)
+            (outcome,) = leg.train([member], start=states[-1], folder=folder, keep_state=True, report=bases.say)
             states.append(outcome.state)
         return states, outcome.results["tuning upstream"]
 
@@ -130,7 +131,7 @@ def train(config: "Config", folder: Path) -> Results:
         for name, kind in plan.items():
             start = fresh(after, seed, kind.hparams) if kind.start is None else states[kind.start]
             member = Member(f"{name} {seed}", seed, kind.hparams)
-            (outcome,) = kinds[kind.stream, kind.keep].train([member], start=start, folder=folder, report=_say)
+            (outcome,) = kinds[kind.stream, kind.keep].train([member], start=start, folder=folder, report=bases.say)
             outcomes.setdefault(name, []).append(outcome)
 
     def course(found: list[Any]) -> Course:
@@ -192,26 +193,7 @@ class Stream(NamedTuple):
 
 
 def _load(config: "Config", name: str) -> Stream:
-    from jaxlm.data.prepare import prepare_data
-    from jaxlm.data.resident import resident_rows
-
-    data = getattr(config, name)
-    prepared = prepare_data(data)
-    if prepared.tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {prepared.tokenizer.vocab_size} ids but model.vocab_size is {config.model.vocab_size}"
-        )
-    columns = ("inputs", "targets", "loss_weights", "segment_ids", "positions")
     most = config.batch_size * (config.upstream_steps + config.steps)
-    train = resident_rows(prepared.train, data.sequence_length, max_rows=most, columns=columns)
-    held_out = resident_rows(
-        prepared.validation, data.sequence_length, max_rows=2 * config.judge_rows, columns=columns
-    )
-    tuning, judge = held_out.cut(0.5, 0.5)
-    tracked = judge.cut(min(1.0, config.track_rows / judge.count))[0]
-    return Stream(train, tuning, judge, tracked)
-
-
-def _say(outcome: Any) -> None:
-    losses = ", ".join(f"{name} {value:.4f}" for name, value in outcome.results.items())
-    print(f"{outcome.member.name}: {losses} ({outcome.seconds:.0f} s)", flush=True)
+    text = bases.read_text(getattr(config, name), config.model.vocab_size, most, config.judge_rows)
+    tracked = text.judge.cut(min(1.0, config.track_rows / text.judge.count))[0]
+    return Stream(text.train, text.tuning, text.judge, tracked)

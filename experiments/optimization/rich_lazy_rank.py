@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from experiments import bases, runner
 from experiments.bases import StudyConfig
+from experiments.checks import check_counts, check_seeds
 from jaxlm.core.errors import ConfigError
 from jaxlm.data.prepare import DataConfig
 from jaxlm.data.synthetic.cognitive_tasks import CognitiveTask
@@ -49,6 +50,13 @@ class LinearConfig:
     learning_rate: float = 0.02
     max_steps: int = 20_000
     """Steps at most; training ends at a loss of 1e-6."""
+
+    def __post_init__(self):
+        check_counts(self, "width", "max_steps")
+        if not self.ranks or max(self.ranks) > self.width or min(self.ranks) < 1:
+            raise ConfigError(f"ranks are {self.ranks}, expected 1 to {self.width}")
+        if not self.norms or not min(self.norms) > 0:
+            raise ConfigError(f"norms are {self.norms}, expected positive ones")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +81,8 @@ class RecurrentConfig:
             raise ConfigError(f"stop_at has {len(self.stop_at)} losses for {len(self.tasks)} tasks")
         for name in self.tasks:
             CognitiveTask(name)
-        if max(self.ranks) > self.hidden or min(self.ranks) < 1:
+        check_counts(self, "hidden", "iterations", "batch_size")
+        if not self.ranks or max(self.ranks) > self.hidden or min(self.ranks) < 1:
             raise ConfigError(f"ranks are {self.ranks}, expected 1 to {self.hidden}")
 
 
@@ -90,8 +99,7 @@ class Config:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     def __post_init__(self):
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds are {self.seeds}, expected different ones")
+        check_seeds(self.seeds)
 
 
 SMALL = Config()

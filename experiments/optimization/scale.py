@@ -22,30 +22,24 @@ from pathlib import Path
 from typing import Any
 
 from experiments import bases, runner
-from experiments.bases import Arm, ArmResult, StudyConfig
-from jaxlm.core.errors import ConfigError, nearest
-from jaxlm.data.prepare import DataConfig
-from jaxlm.models.config import DecoderConfig
+from experiments.bases import FRAME, Arm, ArmResult, StudyConfig
+from experiments.checks import check_arms
+from jaxlm.core.errors import ConfigError
 from jaxlm.optim.config import OptimizerConfig, ScaleOptions
 from jaxlm.reporting import Claim, Figure, Report, Series, Table
 from jaxlm.reporting.figures import smooth
 
-# The paper's schedule: linear warm-up over a tenth, cosine to a tenth; no weight decay, no clipping.
-_SCHEDULE: dict[str, Any] = {
-    "warmup": 0.1, "decay": 0.9, "decay_shape": "cosine", "end_fraction": 0.1, "weight_decay": 0.0, "clip_norm": None,
-    "b2": 0.999,
-}  # fmt: skip
 _ADAM_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 _NORMALIZED_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 _SGD_RATES = (0.3, 1.0, 3.0, 10.0)
 
 
 def _normalized(normalization: str, momentum_on: str) -> OptimizerConfig:
-    return OptimizerConfig("scale", scale=ScaleOptions(normalization, momentum_on=momentum_on), **_SCHEDULE)
+    return OptimizerConfig("scale", scale=ScaleOptions(normalization, momentum_on=momentum_on), **FRAME)
 
 
 ARMS: Mapping[str, Arm] = {
-    "adam": Arm(OptimizerConfig("adamw", **_SCHEDULE), _ADAM_RATES),
+    "adam": Arm(OptimizerConfig("adamw", **FRAME), _ADAM_RATES),
     "sgd": Arm(_normalized("none", "none"), _SGD_RATES),
     "column": Arm(_normalized("column", "none"), _NORMALIZED_RATES),
     "row": Arm(_normalized("row", "none"), _NORMALIZED_RATES),
@@ -69,30 +63,15 @@ class Config(StudyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in self.arms:
-            if name not in ARMS:
-                raise ConfigError(f"no arm '{name}': {nearest(name, ARMS)}")
+        check_arms(self.arms, ARMS)
         if self.variance_batches < 2:
             raise ConfigError(f"variance_batches is {self.variance_batches}, expected at least 2")
 
 
-SMALL = Config(
-    model=DecoderConfig(vocab_size=1024, num_layers=2, embed_dim=96, num_heads=4, mlp_dim=256, max_length=128),
-    data=DataConfig(vocab_size=1024, sequence_length=128),
-)
+SMALL = Config(**bases.SMALL)
 
 PRESETS: Mapping[str, Config] = {
-    "smoke": dataclasses.replace(
-        SMALL,
-        model=DecoderConfig(vocab_size=512, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32, max_length=32),
-        data=DataConfig(tokenizer="byte", sequence_length=32),
-        steps=3,
-        batch_size=4,
-        judge_rows=8,
-        seeds=(1,),
-        arms=("adam", "scale"),
-        variance_batches=2,
-    ),
+    "smoke": dataclasses.replace(SMALL, **bases.SMOKE, steps=3, arms=("adam", "scale"), variance_batches=2),
     "small": SMALL,
     "ablation": dataclasses.replace(SMALL, arms=tuple(ARMS)),
 }

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import runner
+from experiments.checks import check_counts, check_seeds
 from experiments.optimization.sft_recipe_runs import (
     CONSTANT,
     PhaseRun,
@@ -90,9 +91,10 @@ class Config:
     seeds: tuple[int, ...] = (1, 2)
 
     def __post_init__(self):
-        for name in ("examples", "held_out", "base_steps", "base_batch", "length", "micro_batch", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_counts(
+            self, "examples", "held_out", "base_steps", "base_batch", "length", "micro_batch", "evaluate_every"
+        )
+        check_seeds(self.seeds, self.tuning_seed)
         sizes = self.batch_sizes
         if len(sizes) < 2 or sorted(set(sizes)) != list(sizes) or sizes[0] < 1 or self.compare_batch not in sizes:
             raise ConfigError(f"batch_sizes are {sizes}, expected two or more that rise, {self.compare_batch} of them")
@@ -115,8 +117,6 @@ class Config:
             raise ConfigError(f"warmups are {self.warmups}, expected shares of the steps, 0 first")
         if not 0 < self.early < 1:
             raise ConfigError(f"early is {self.early}, expected a share between 0 and 1")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or self.tuning_seed in self.seeds:
-            raise ConfigError(f"seeds are {self.seeds}, expected different ones, none of them {self.tuning_seed}")
 
 
 SMALL = Config(

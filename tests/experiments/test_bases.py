@@ -7,7 +7,7 @@ import pytest
 
 from experiments import bases
 from experiments.bases import Arm, StudyConfig
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.data.prepare import DataConfig
 from jaxlm.models.config import DecoderConfig
 from jaxlm.optim.config import OptimizerConfig
@@ -53,6 +53,14 @@ def test_an_arm_is_judged_at_its_best_rate_with_other_seeds(study, tmp_path, cap
     again = bases.compare_arms(config, {"adam": adam}, text, tmp_path)["adam"]
     assert capsys.readouterr().out == ""
     assert (again.tuned, again.losses) == (found.tuned, found.losses)
+
+
+def test_what_is_kept_is_of_one_configuration(study, tmp_path):
+    config, _ = study
+    keep = bases.Keeper(tmp_path, config)
+    assert [keep("a b", lambda: [1.0]), keep("a b", lambda: [2.0])] == [[1.0], [1.0]]
+    with pytest.raises(DataError, match="a_b.json is of a run with other settings"):
+        bases.Keeper(tmp_path, dataclasses.replace(config, steps=80))("a b", lambda: [1.0])
 
 
 def test_rates_are_extended_at_the_edges_only():

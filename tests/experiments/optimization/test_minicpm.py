@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-from experiments import bases, runner
+from experiments import runner
 from experiments.optimization import minicpm
 from experiments.optimization.minicpm import Results
 from experiments.optimization.minicpm_runs import schedule_name
-from jaxlm.core.errors import ConfigError, DataError
+from jaxlm.core.errors import ConfigError
 from jaxlm.evals.scaling import Chinchilla
 
 CONFIG = minicpm.PRESETS["small"]
@@ -73,13 +73,6 @@ def test_the_law_that_was_planted_is_reported(results):
     best = LAW.optimal_allocation(6 * 4e5 * 8e5)
     ratio = report.numbers["best tokens a parameter at the largest compute (192 in the paper)"]
     assert ratio == pytest.approx(best.tokens / best.params, rel=0.05)
-
-
-def test_what_is_kept_is_of_one_configuration(tmp_path):
-    keep = bases.Keeper(tmp_path, CONFIG)
-    assert [keep("a b", lambda: [1.0]), keep("a b", lambda: [2.0])] == [[1.0], [1.0]]
-    with pytest.raises(DataError, match="a_b.json is of a run with other settings"):
-        bases.Keeper(tmp_path, dataclasses.replace(CONFIG, steps=80))("a b", lambda: [1.0])
 
 
 def test_configurations_that_cannot_be_compared_are_refused():
