@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -15,14 +16,18 @@ def result(loss, before=None, kept=1.0, masked=0.05, flips=0.0):
     return ArmResult({}, 1.0, (loss, loss), (loss,), 0.1, None, (outcome,))
 
 
-BASE = cast.Base(None, 3.0, 0.05, 1e-4)
+BASE = cast.Base(None, 3.0, 1.1, 0.6, 1e-4)
 
 
 def test_smoke(tmp_path):
     assert runner.execute(cast, ["--preset", "smoke", "--out", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert len(report["claims"]) == 3
-    assert {row[0] for row in report["tables"][0]["rows"]} == {"dense", "pruned at once", "static", "cast"}
+    rows = {row[0]: row for row in report["tables"][0]["rows"]}
+    assert set(rows) == {"dense", "pruned at once", "static", "cast"}
+    # What pruning changes is a matter of arms whose forward pass was dense.
+    assert rows["static"][4:] == [None, None]
+    assert all(isinstance(cell, float) for cell in rows["cast"][4:])
 
 
 def test_claims_are_judged_by_the_losses():
@@ -38,10 +43,29 @@ def test_claims_are_judged_by_the_losses():
     assert [c.holds for c in cast.claims(BASE, 3.9, worse)] == [False, False, False, False]
 
 
+@pytest.mark.parametrize(("kept", "masked", "holds"), [(1.0, 0.05, True), (1.0, 0.07, False), (0.5, 0.01, False)])
+def test_masked_weights_have_to_vanish_and_kept_ones_to_stay(kept, masked, holds):
+    (claim,) = (
+        c for c in cast.claims(BASE, 3.9, {"cast": result(3.1, kept=kept, masked=masked)}) if "kept" in c.statement
+    )
+    assert claim.holds == holds
+
+
 def test_a_run_too_short_for_its_weights_is_refused():
+    base = cast.Base(None, 3.0, 0.07, 0.03, 1e-4)
     config = cast.Config(cast.SMALL.model, cast.SMALL.data, steps=20)
     with pytest.raises(ConfigError, match=r"a masked weight travels 0\.0.*expected 3\.0 times the mean weight 0\.05"):
-        cast.retrain(config, "cast", BASE, None, config.rates, None)
+        cast.check_budget(config, base)
+    cast.check_budget(dataclasses.replace(config, steps=500), base)
+
+
+def test_the_budget_is_checked_once_before_any_arm_and_not_at_the_rate_that_was_best(monkeypatch, tmp_path):
+    """At the best rate, which may be a small one, parts of CAST are left out after everything else was trained."""
+    config, asked = dataclasses.replace(cast.PRESETS["smoke"], budget=1e9), []
+    monkeypatch.setattr(cast, "retrain", lambda config, arm, *_: asked.append(arm))
+    with pytest.raises(ConfigError, match="a masked weight travels"):
+        cast.run(config, tmp_path)
+    assert asked == []
 
 
 def test_bad_settings_are_refused():
