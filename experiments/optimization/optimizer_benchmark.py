@@ -19,8 +19,8 @@ from typing import Any
 
 from experiments import bases, runner
 from experiments.bases import Arm, ArmResult, StudyConfig
-from jaxlm.core.errors import ConfigError, nearest
-from jaxlm.data.prepare import DataConfig
+from experiments.checks import check_arms
+from jaxlm.core.errors import ConfigError
 from jaxlm.models.config import DecoderConfig
 from jaxlm.optim.config import LowRankOptions, OptimizerConfig, SpikeOptions
 from jaxlm.reporting import Figure, Report, Series, Table
@@ -36,8 +36,8 @@ class Outside:
     """An optimizer of Optax with the schedule of the others, in place of an `OptimizerConfig`."""
 
     name: str
-    direction: Callable[[int], Any]
-    """Of the steps of the run: a transformation whose updates are still to be multiplied by minus the rate."""
+    transform: Callable[[OptimizerConfig, int], Any]
+    """Of the schedule and the steps of the run: what becomes of gradients that are clipped already."""
     schedule: OptimizerConfig = OptimizerConfig(**_SCHEDULE)
     reset_every: int = 0
     view: Callable[[Any], Any] | None = None
@@ -46,41 +46,23 @@ class Outside:
         """As `OptimizerConfig.make`; clipped to the same norm."""
         import optax
 
-        from jaxlm.optim import FromHparams, scale_by_learning_rate
-
-        rate = scale_by_learning_rate(FromHparams(schedule=self.schedule.schedule(steps, peak=1.0)))
-        return optax.chain(optax.clip_by_global_norm(self.schedule.clip_norm), self.direction(steps), rate)
+        return optax.chain(optax.clip_by_global_norm(self.schedule.clip_norm), self.transform(self.schedule, steps))
 
 
-@dataclasses.dataclass(frozen=True)
-class ScheduleFree(Outside):
-    """Schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682): no decay, the weights' average is the model."""
-
-    def make(self, steps: int, axes: Any, *, sweep: bool = False) -> Any:
-        import optax
-
-        from jaxlm.optim import FromHparams, scale_by_learning_rate, warmup_stable_decay
-
-        rate = warmup_stable_decay(1.0, steps, round(self.schedule.warmup * steps), 0)
-        adam = optax.chain(optax.scale_by_adam(b1=0.0, b2=0.99), scale_by_learning_rate(FromHparams(schedule=rate)))
-        # Averages are weighed by the rate relative to its top.
-        free = optax.contrib.schedule_free(adam, rate, b1=0.9)
-        return optax.chain(optax.clip_by_global_norm(self.schedule.clip_norm), free)
-
-
-def _lion(steps: int) -> Any:
+def _lion(schedule: OptimizerConfig, steps: int) -> Any:
     import optax
 
-    return optax.scale_by_lion(b1=0.9, b2=0.99)
+    return _at_rate(optax.scale_by_lion(b1=0.9, b2=0.99), schedule, steps)
 
 
-def _adafactor(steps: int) -> Any:
+def _adafactor(schedule: OptimizerConfig, steps: int) -> Any:
     import optax
 
-    return optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0))
+    clipped = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0))
+    return _at_rate(clipped, schedule, steps)
 
 
-def _sophia(steps: int) -> Any:
+def _sophia(schedule: OptimizerConfig, steps: int) -> Any:
     import optax
 
     inner = optax.contrib.sophia(1.0, weight_decay=0.0)
@@ -88,7 +70,21 @@ def _sophia(steps: int) -> Any:
     def update(updates: Any, state: Any, params: Any = None, *, loss_fn: Any = None, **extra: Any):
         return inner.update(updates, state, params, obj_fn=loss_fn)
 
-    return optax.chain(optax.GradientTransformationExtraArgs(inner.init, update), optax.scale(-1.0))
+    return _at_rate(
+        optax.chain(optax.GradientTransformationExtraArgs(inner.init, update), optax.scale(-1.0)), schedule, steps
+    )
+
+
+def _schedule_free(schedule: OptimizerConfig, steps: int) -> Any:
+    """AdamW without a decay: the weights' average is the model (Defazio et al. 2024, arXiv 2405.15682)."""
+    import optax
+
+    from jaxlm.optim import FromHparams, scale_by_learning_rate, warmup_stable_decay
+
+    rate = warmup_stable_decay(1.0, steps, round(schedule.warmup * steps), 0)
+    adam = optax.chain(optax.scale_by_adam(b1=0.0, b2=0.99), scale_by_learning_rate(FromHparams(schedule=rate)))
+    # Averages are weighed by the rate relative to its top.
+    return optax.contrib.schedule_free(adam, rate, b1=0.9)
 
 
 def _averaged(state: Any) -> Any:
@@ -96,6 +92,16 @@ def _averaged(state: Any) -> Any:
 
     _, free = state.opt_state
     return optax.contrib.schedule_free_eval_params(free, state.trainable)
+
+
+def _at_rate(direction: Any, schedule: OptimizerConfig, steps: int) -> Any:
+    """Updates of this direction, at the rate that each run reads from its `hparams`."""
+    import optax
+
+    from jaxlm.optim import FromHparams, scale_by_learning_rate
+
+    rate = scale_by_learning_rate(FromHparams(schedule=schedule.schedule(steps, peak=1.0)))
+    return optax.chain(direction, rate)
 
 
 _LOW_RANK = LowRankOptions(rank=24, period=50)
@@ -122,8 +128,14 @@ ARMS: Mapping[str, Arm] = {
     "lion": Arm(Outside("lion", _lion), (3e-4, 6e-4, 1.2e-3)),
     "adafactor": Arm(Outside("adafactor", _adafactor), _ADAM),
     "sophia": Arm(Outside("sophia", _sophia), (1e-3, 2e-3, 4e-3)),
-    "schedule_free": Arm(ScheduleFree("schedule_free", _lion, view=_averaged), _ADAM),
+    "schedule_free": Arm(Outside("schedule_free", _schedule_free, view=_averaged), _ADAM),
 }
+
+
+def arm_rank(arm: Arm) -> int:
+    """The rank of an arm's subspaces; 1 if it has none."""
+    low_rank = arm.optimizer.name in ("galore", "natural_galore", "fira", "apollo")
+    return arm.optimizer.low_rank.rank if low_rank else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,27 +147,22 @@ class Config(StudyConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_arms(self.arms, ARMS)
         for name in self.arms:
-            if name not in ARMS:
-                raise ConfigError(f"no arm '{name}': {nearest(name, ARMS)}")
+            if self.model.embed_dim < arm_rank(ARMS[name]):
+                raise ConfigError(
+                    f"arm '{name}' has rank {arm_rank(ARMS[name])}, model.embed_dim is {self.model.embed_dim}"
+                )
 
 
-SMALL = Config(
-    model=DecoderConfig(vocab_size=1024, num_layers=2, embed_dim=96, num_heads=4, mlp_dim=256, max_length=128),
-    data=DataConfig(vocab_size=1024, sequence_length=128),
-    steps=200,
-    batch_size=8,
-)
+SMALL = Config(**bases.SMALL, steps=200, batch_size=8)
 
 PRESETS: Mapping[str, Config] = {
     "smoke": dataclasses.replace(
         SMALL,
-        model=DecoderConfig(vocab_size=512, num_layers=1, embed_dim=32, num_heads=2, mlp_dim=32, max_length=32),
-        data=DataConfig(tokenizer="byte", sequence_length=32),
+        **bases.SMOKE
+        | {"model": DecoderConfig(512, num_layers=1, embed_dim=32, num_heads=2, mlp_dim=32, max_length=32)},
         steps=2,
-        batch_size=4,
-        judge_rows=8,
-        seeds=(1,),
         arms=("adamw", "lion", "schedule_free"),
     ),
     "small": SMALL,
@@ -167,19 +174,7 @@ PRESETS: Mapping[str, Config] = {
 def run(config: Config, out: Path) -> Report:
     """Trains and judges every optimizer; what is finished in `out` is not repeated."""
     text = bases.load_text(config)
-    results = {}
-    for name in config.arms:
-        arm = ARMS[name]
-        if config.model.embed_dim < arm_rank(arm):
-            raise ConfigError(f"arm '{name}' has rank {arm_rank(arm)}, model.embed_dim is {config.model.embed_dim}")
-        results |= bases.compare_arms(config, {name: arm}, text, out)
-    return report(config, results)
-
-
-def arm_rank(arm: Arm) -> int:
-    """The rank of an arm's subspaces; 1 if it has none."""
-    low_rank = arm.optimizer.name in ("galore", "natural_galore", "fira", "apollo")
-    return arm.optimizer.low_rank.rank if low_rank else 1
+    return report(config, bases.compare_arms(config, {name: ARMS[name] for name in config.arms}, text, out))
 
 
 def report(config: Config, results: Mapping[str, ArmResult]) -> Report:

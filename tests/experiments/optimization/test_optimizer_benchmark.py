@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -62,3 +63,7 @@ def test_the_table_is_ordered_and_counts_state():
 def test_unknown_arms_and_too_small_models_are_refused():
     with pytest.raises(ConfigError, match="no arm 'adam'"):
         study.Config(study.SMALL.model, study.SMALL.data, arms=("adam",))
+    narrow = dataclasses.replace(study.SMALL.model, embed_dim=16)
+    with pytest.raises(ConfigError, match="arm 'galore' has rank 24, model.embed_dim is 16"):
+        study.Config(narrow, study.SMALL.data, arms=("adamw", "galore"))
+    assert study.Config(narrow, study.SMALL.data, arms=("adamw",)).arms == ("adamw",)
