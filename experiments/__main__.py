@@ -7,6 +7,7 @@ python -m experiments.<area>.<name> --help   shows the options of one experiment
 python -m experiments.<area>.<name>          runs it (preset `small`: minutes on two CPU cores)
 """
 
+import os
 import shutil
 import sys
 import textwrap
@@ -33,8 +34,11 @@ def main(argv: Sequence[str]) -> int:
         return fail(f"'{name}' takes no more words, but got: {' '.join(rest)}")
     try:
         commands[name]()
+        sys.stdout.flush()
     except JaxlmError as error:
         return fail(str(error))
+    except BrokenPipeError:  # `list | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -29,6 +29,9 @@ _VALUES = ("--tpu", "--zone", "--project", "--dir")
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command that `command` makes of the words, and returns its exit code."""
+    if argv[:1] in (["--help"], ["-h"]):
+        print(f"{__doc__.strip()}\n\n{USAGE}")
+        return 0
     try:
         words = command(argv, os.environ)
     except ValueError as error:

@@ -1,10 +1,11 @@
-"""All benchmarks that suit this machine, one after the other, into one JSON file.
+"""Benchmarks that suit this machine, one after the other, into one JSON file.
 
     python -m experiments.benchmarks --out figures.json
     python -m experiments.benchmarks --only train_step decode
 
-Each runs as its own command (`python -m experiments.benchmarks.NAME`), so that one which fails does not take the others
-along: its error is what the file then holds of it.
+Not among them: `smollm2`, which needs a package with its weights, and `population`, which writes no figures. Each runs
+as its own command (`python -m experiments.benchmarks.NAME`), so that one which fails does not take the others along:
+its error is what the file then holds of it.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ class Config:
     """Which benchmarks."""
 
     only: tuple[str, ...] = ()
-    """Names; by default all."""
+    """Names; by default all of these."""
     out: Path = Path("benchmarks.json")
     """Where the figures go."""
 

@@ -22,7 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments import runner
 from experiments.benchmarks import harness
+from experiments.checks import check_counts
+from jaxlm.core.errors import ConfigError, nearest
 from pallas_kernels.attention import AttentionError, flash_attention, flash_decode
 
 # Heads, key/value heads, head_dim, window.
@@ -52,8 +55,16 @@ class Config:
     out: Path | None = None
     """Where the figures go, as JSON."""
 
+    def __post_init__(self):
+        check_counts(self, "tokens", "decode_batch", "rounds")
+        for name in self.models:
+            if name not in MODELS:
+                raise ConfigError(f"models has '{name}': {nearest(name, MODELS)}")
+        if self.lengths and min(self.lengths) < 1:
+            raise ConfigError(f"lengths are {self.lengths}, expected at least 1")
 
-def main(config: Config) -> list[dict[str, Any]]:
+
+def run(config: Config) -> list[dict[str, Any]]:
     """Measures and prints; one row an implementation, shape, and kind of work."""
     platform = jax.default_backend()
     on_cpu = platform == "cpu"
@@ -198,6 +209,4 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    runner.tool(__name__)

@@ -14,7 +14,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from experiments import runner
 from experiments.benchmarks import harness
+from experiments.checks import check_counts
+from jaxlm.core.errors import ConfigError
 from pallas_kernels.cross_entropy import cross_entropy
 
 
@@ -31,8 +34,13 @@ class Config:
     out: Path | None = None
     """Where the figures go, as JSON."""
 
+    def __post_init__(self):
+        check_counts(self, "tokens", "embed", "rounds")
+        if not self.vocab or min(self.vocab) < 1:
+            raise ConfigError(f"vocab is {self.vocab}, expected sizes of at least 1")
 
-def main(config: Config) -> list[dict[str, Any]]:
+
+def run(config: Config) -> list[dict[str, Any]]:
     """Measures and prints; one row a vocabulary and implementation."""
     rows = []
     for vocab in config.vocab:
@@ -93,6 +101,4 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    runner.tool(__name__)

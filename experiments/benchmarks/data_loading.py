@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments import runner
 from experiments.benchmarks import harness
+from experiments.checks import check_counts
 from jaxlm.core.errors import ConfigError
 
 
@@ -42,12 +44,15 @@ class Config:
     """Where the figures go, as JSON."""
 
     def __post_init__(self):
+        check_counts(self, "batch", "length", "tokens", "steps", "rounds")
+        if not self.processes:
+            raise ConfigError("processes is empty")
         for count in self.processes:
             if count < 1 or self.batch % count:
                 raise ConfigError(f"processes has {count}, expected divisors of batch {self.batch}")
 
 
-def main(config: Config) -> list[dict[str, Any]]:
+def run(config: Config) -> list[dict[str, Any]]:
     """Measures and prints; one row for each number of processes."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -121,6 +126,4 @@ def reader(
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    runner.tool(__name__)

@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from experiments import runner
 from experiments.benchmarks import harness
 from experiments.benchmarks.llama import Size, load_into, read_params, write_weights
+from experiments.checks import check_counts
+from jaxlm.core.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,13 @@ class Config:
     out: Path | None = None
     """Where the figures go, as JSON."""
 
+    def __post_init__(self):
+        check_counts(self, "prompt", "new_tokens", "rounds")
+        if not self.batches or min(self.batches) < 1:
+            raise ConfigError(f"batches are {self.batches}, expected at least 1")
 
-def main(config: Config) -> list[dict[str, Any]]:
+
+def run(config: Config) -> list[dict[str, Any]]:
     """Measures and prints; one row a side and batch size."""
     sides = ["jaxlm"] + ["torch"] * harness.has_torch()
     if len(sides) == 1:
@@ -135,6 +143,4 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    runner.tool(__name__)

@@ -6,8 +6,6 @@ share allocator, threads and memory. Hence workers: a worker is a function `make
 say; `once()` does the work to be timed and returns when it is done.
 """
 
-import contextlib
-import importlib
 import json
 import os
 import platform
@@ -33,7 +31,7 @@ class Worker:
     def __init__(self, target: str, settings: Mapping[str, Any], env: Mapping[str, str] | None = None):
         self.target = target
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
-        command = [sys.executable, "-m", "experiments.benchmarks.harness", target, json.dumps(settings)]
+        command = [sys.executable, "-m", "experiments.benchmarks._worker", target, json.dumps(settings)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -112,12 +110,6 @@ def save(path: Path | None, content: Mapping[str, Any]) -> None:
         path.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
 
 
-def _reset_peak() -> None:
-    # Linux alone forgets the peak of resident memory when asked to; elsewhere compiling is counted in.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak_bytes() -> int:
     """The most memory that this process has held."""
     try:
@@ -126,25 +118,3 @@ def peak_bytes() -> int:
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _serve() -> None:
-    target, settings = sys.argv[1], json.loads(sys.argv[2])
-    # Whatever libraries print goes to the error stream; the real output carries answers only.
-    with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)
-        module, function = target.split(":")
-        facts, once = getattr(importlib.import_module(module), function)(**settings)
-        print(json.dumps(facts), file=answers, flush=True)
-        _reset_peak()
-        for line in sys.stdin:
-            seconds = []
-            for _ in range(int(line)):
-                start = time.perf_counter()
-                once()
-                seconds.append(time.perf_counter() - start)
-            print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    _serve()

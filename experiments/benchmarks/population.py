@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from experiments import runner
-from jaxlm.core.errors import ConfigError
+from experiments.checks import check_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,7 @@ class Config:
     rounds: int = 3
 
     def __post_init__(self):
-        for name in ("members", "steps", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_counts(self, "members", "steps", "rounds")
 
 
 def run(config: Config) -> None:

@@ -25,8 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import runner
 from experiments.benchmarks import harness
+from experiments.checks import check_counts
 from jaxlm.compression import QuantizeConfig, memory_report, quantize, quantize_matrix
+from jaxlm.core.errors import ConfigError
 from jaxlm.data.corpora import split_by_hash, standard_library
 from jaxlm.weights import Quantized, matmul, nbytes
 from pallas_kernels import quantized_matmul as kernels
@@ -66,11 +69,14 @@ class Config:
     out: Path | None = None
     """Where the figures go, as JSON."""
 
+    def __post_init__(self):
+        check_counts(self, "rounds", "rows")
+        if self.length < 2:
+            raise ConfigError(f"length is {self.length}, expected at least 2")
 
-def main(config: Config) -> dict[str, list[dict[str, Any]]]:
+
+def run(config: Config) -> dict[str, list[dict[str, Any]]]:
     """Measures and prints: `products`, `perplexities` and `ceilings`."""
-    if config.rounds < 1 or config.rows < 1 or config.length < 2:
-        raise SystemExit(f"rounds, rows and length must be positive (length 2 or more), got {config}")
     counts, shapes = PRESETS[config.preset]
     ceilings = measure_ceilings(1024 if config.preset == "cpu" else 8192, config.rounds)
     products = [row for shape in shapes for row in measure_products(shape, counts, config.rounds)]
@@ -236,6 +242,4 @@ def _print(found: dict[str, list[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    runner.tool(__name__)

@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments import runner
 from experiments.benchmarks import harness
+from experiments.checks import check_counts
+from jaxlm.core.errors import ConfigError
 
 LORA_RANK, LEARNING_RATE = 16, 1e-4
 
@@ -39,8 +42,13 @@ class Config:
     out: Path | None = None
     """Where the figures go, as JSON."""
 
+    def __post_init__(self):
+        check_counts(self, "prompt", "new_tokens", "rows", "length", "rounds")
+        if not self.batches or min(self.batches) < 1:
+            raise ConfigError(f"batches are {self.batches}, expected at least 1")
 
-def main(config: Config) -> list[dict[str, Any]]:
+
+def run(config: Config) -> list[dict[str, Any]]:
     """Measures and prints; one row a side and task."""
     from jaxlm.interop.load import find_in_package
 
@@ -221,6 +229,4 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    runner.tool(__name__)

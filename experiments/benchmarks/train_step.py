@@ -17,8 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from experiments import runner
 from experiments.benchmarks import harness
 from experiments.benchmarks.llama import Size, load_into, read_params, write_weights
+from experiments.checks import check_counts
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 0.1
 
@@ -42,8 +44,11 @@ class Config:
     out: Path | None = None
     """Where the figures go, as JSON."""
 
+    def __post_init__(self):
+        check_counts(self, "batch", "length", "rounds", "steps")
 
-def main(config: Config) -> list[dict[str, Any]]:
+
+def run(config: Config) -> list[dict[str, Any]]:
     """Measures and prints; one row a side and precision."""
     sides = ["jaxlm"]
     if harness.has_torch():
@@ -179,6 +184,4 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    runner.tool(__name__)

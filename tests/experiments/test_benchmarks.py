@@ -30,7 +30,7 @@ def alone(monkeypatch):
 def test_train_step_measures_our_side_alone(tmp_path, capsys):
     out = tmp_path / "figures.json"
     config = train_step.Config(TINY, batch=2, length=16, precisions=("float32",), rounds=2, steps=1, out=out)
-    (row,) = train_step.main(config)
+    (row,) = train_step.run(config)
     assert row["side"] == "jaxlm"
     assert row["tokens_per_second"] == pytest.approx(2 * 16 / row["seconds"])
     assert "pip install" in capsys.readouterr().out
@@ -39,7 +39,7 @@ def test_train_step_measures_our_side_alone(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_decode_measures_our_side_alone():
-    (row,) = decode.main(decode.Config(TINY, batches=(2,), prompt=8, new_tokens=8, rounds=1))
+    (row,) = decode.run(decode.Config(TINY, batches=(2,), prompt=8, new_tokens=8, rounds=1))
     assert row["agreement"] == 1.0
     assert row["tokens_per_second"] == pytest.approx(16 / row["seconds"])
 
@@ -49,7 +49,7 @@ def test_quantized_products_are_measured(tmp_path, monkeypatch):
     monkeypatch.setitem(quantized_matmul.PRESETS, "cpu", ((1, 3), ((128, 64),)))
     out = tmp_path / "figures.json"
     config = quantized_matmul.Config(rounds=1, package="there_is_no_such_package", out=out)
-    rows = quantized_matmul.main(config)["products"]
+    rows = quantized_matmul.run(config)["products"]
     assert len(rows) == 2 * (1 + len(quantized_matmul.FORMATS))
     # Half a byte a weight, and a float16 scale and minimum for each 32.
     by_format = {row["format"]: row["bytes"] for row in rows}
@@ -59,13 +59,13 @@ def test_quantized_products_are_measured(tmp_path, monkeypatch):
 
 def test_cross_entropy_is_measured():
     config = cross_entropy.Config(tokens=16, embed=8, vocab=(64,), rounds=1)
-    assert [row["implementation"] for row in cross_entropy.main(config)] == ["reference", "auto"]
+    assert [row["implementation"] for row in cross_entropy.run(config)] == ["reference", "auto"]
 
 
 @pytest.mark.slow
 def test_attention_measures_every_implementation_of_this_platform(tmp_path):
     out = tmp_path / "figures.json"
-    rows = attention.main(attention.Config(models=("cpu",), lengths=(256,), decode_batch=2, rounds=1, out=out))
+    rows = attention.run(attention.Config(models=("cpu",), lengths=(256,), decode_batch=2, rounds=1, out=out))
     names = {row["implementation"] for row in rows if row["work"] == "forward and backward"}
     assert {"blocked", "reference", "jax.nn xla"} <= names
     for row in rows:
@@ -77,7 +77,7 @@ def test_attention_measures_every_implementation_of_this_platform(tmp_path):
 @pytest.mark.slow
 def test_data_loading_is_measured_for_each_number_of_processes():
     config = data_loading.Config(processes=(1, 2), batch=4, length=16, tokens=20_000, steps=1, rounds=1)
-    alone, both = data_loading.main(config)
+    alone, both = data_loading.run(config)
     assert alone["tokens_read_by_each"] == [64]
     assert both["tokens_read_by_each"] == [32, 32]
     assert alone["scaling"] == 1.0

@@ -104,6 +104,15 @@ def test_help(capsys):
         assert "python -m experiments list | gallery" in capsys.readouterr().out
 
 
+def test_a_reader_that_has_read_enough_is_no_error():
+    words = [sys.executable, "-c", "import sys, experiments.__main__ as m; sys.exit(m.main(['list']))"]
+    root = Path(__file__).parent.parent.parent
+    listing = subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    listing.stdout.close()
+    _, err = listing.communicate(timeout=60)
+    assert (listing.returncode, err) == (0, b"")
+
+
 def test_list_and_the_package_import_nothing_heavy():
     program = (
         "import sys, jaxlm, jaxlm.reporting, experiments.runner\n"

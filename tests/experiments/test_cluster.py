@@ -74,6 +74,12 @@ def test_a_dry_run_prints_and_runs_nothing(capsys):
     assert capsys.readouterr().out.startswith("gcloud compute tpus tpu-vm ssh pod --worker=all")
 
 
+def test_help_says_how(capsys):
+    assert cluster.main(["--help"]) == 0
+    assert "sbatch --nodes 4" in (said := capsys.readouterr().out)
+    assert cluster.USAGE in said
+
+
 def test_a_missing_program_is_named(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert cluster.main(["--tpu", "pod", "pretrain"]) == 2
