@@ -6,6 +6,7 @@ import pytest
 from experiments import runner
 from experiments.bases import ArmResult
 from experiments.optimization import natural_galore as study
+from experiments.optimization.natural_galore_runs import QUADRATIC, run_quadratic, run_tools
 from jaxlm.data.prepare import DataConfig
 from jaxlm.data.synthetic.function_calls import VOCABULARY
 from jaxlm.models.config import DecoderConfig
@@ -35,13 +36,13 @@ def test_tools(tmp_path):
         rates=(1e-3,),
         examples=8,
     )
-    found = study.run_tools(config, tmp_path)
+    found = run_tools(config, tmp_path)
     assert list(found) == ["before", "full", "lora", "galore", "natural, absolute", "natural, relative"]
     assert all(0 <= share <= 1 for _, shares in found.values() for share in shares)
 
 
 def test_claims_are_judged_by_the_numbers():
-    quadratic = {(name, noise): [0.01, 0.01] for name in study._QUADRATIC for noise in (0.0, 0.02)}
+    quadratic = {(name, noise): [0.01, 0.01] for name in QUADRATIC for noise in (0.0, 0.02)}
     quadratic |= {("natural, relative", 0.0): [0.005, 0.004], ("natural, relative", 0.02): [0.005, 0.02]}
     quadratic |= {("natural, 0.001", 0.0): [0.2, 0.3]}
     losses = {"adam": 3.0, "galore": 3.1, "natural, absolute": 3.02, "natural, relative": 3.2, "low_rank": 3.5}
@@ -53,6 +54,6 @@ def test_claims_are_judged_by_the_numbers():
 @pytest.mark.slow
 def test_the_quadratic_says_what_the_damping_decides():
     """The measured figures: relative damping beats GaLore with every seed, 0.001 is far worse without noise."""
-    found = study.run_quadratic(2)
+    found = run_quadratic(2)
     assert all(a < b for a, b in zip(found["natural, relative", 0.0], found["galore", 0.0]))
     assert all(a > 5 * b for a, b in zip(found["natural, 0.001", 0.0], found["galore", 0.0]))
