@@ -220,8 +220,8 @@ def arm_population(
         params = trees.merge(trainable, frozen, step)
         return stop_bases(params) if how.name == "relora" else params
 
-    # What is never trained is the same for all seeds.
-    _, frozen = jax.jit(lambda key, start: cut(draw(key, start)))(jax.random.key(config.tuning_seed), start)
+    # What is never trained is the same for all seeds. (Alone: where that is nothing, nothing is compiled.)
+    frozen = jax.jit(lambda key, start: cut(draw(key, start))[1])(jax.random.key(config.tuning_seed), start)
     shapes = jax.eval_shape(draw, jax.random.key(0))
     tx = arm.optimizer.make(config.steps, adapted_axes(shapes, model.axes()), sweep=True)
     if how.name == "relora":

@@ -90,6 +90,8 @@ class Base:
     """The dense model, its loss on the judging text, and what CAST is set by."""
 
     params: Any
+    masks: Any
+    """Of its magnitudes."""
     loss: float
     kept: float
     """Mean magnitude of the weights that the masks would keep."""
@@ -120,6 +122,7 @@ def train_base(config: Config, text: bases.Text, folder: Path) -> Base:
     """The dense model, trained until its learning rate is nearly zero."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from jaxlm.compression import magnitude_masks
     from jaxlm.compression.sparsity import magnitudes
@@ -153,13 +156,16 @@ def train_base(config: Config, text: bases.Text, folder: Path) -> Base:
         total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), jnp.arange(10))
         return jax.tree.map(lambda g: g / 10, total)
 
-    masks = dict(trees.named_leaves(magnitude_masks(params, config.n, config.m)))
-    grads = dict(trees.named_leaves(jax.jit(mean_gradient)(params)))
-    removed = jnp.concatenate([jnp.abs(grads[path])[~mask] for path, mask in masks.items()])
-    sizes = magnitudes(params, magnitude_masks(params, config.n, config.m))
-    return Base(
-        params, outcome.results["judge"], float(sizes["kept"]), float(sizes["masked"]), float(jnp.median(removed))
-    )
+    @jax.jit
+    def measure(params: Any) -> tuple[Any, Any, dict[str, Any]]:
+        masks = magnitude_masks(params, config.n, config.m)
+        return masks, mean_gradient(params), magnitudes(params, masks)
+
+    masks, gradient, sizes = measure(params)
+    gradients = dict(trees.named_leaves(gradient))
+    removed = [np.abs(gradients[path])[~np.asarray(mask)] for path, mask in trees.named_leaves(masks)]
+    strength = float(np.median(np.concatenate(removed)))
+    return Base(params, masks, outcome.results["judge"], float(sizes["kept"]), float(sizes["masked"]), strength)
 
 
 def check_budget(config: Config, base: Base) -> None:
@@ -225,18 +231,13 @@ def retrain(config: Config, arm: str, base: Base, text: bases.Text, rates: Seque
         return new, {**metrics, "flips": (flips, seen.astype(jnp.float32))}
 
     def evaluate(trainable: Any) -> dict[str, Any]:
-        masks = masks_of(trainable)
+        masks = base.masks if arm == "static" else magnitude_masks(trainable, *nm)
         trained = apply_masks(trainable, masks) if arm == "static" else trainable
         pruned = fold_and_prune(apply_masks(trained, masks), *nm)
         tuning, judge = (resident_loss(plain, rows, config.batch_size) for rows in (text.tuning, text.judge))
         sizes = magnitudes(trained, masks)
         found = {"tuning": tuning(pruned), "judge": judge(pruned), "before pruning": judge(trained)}
         return {**found, "kept": sizes["kept"], "masked": sizes["masked"]}
-
-    fixed = magnitude_masks(base.params, *nm)
-
-    def masks_of(trainable: Any) -> Any:
-        return fixed if arm == "static" else magnitude_masks(trainable, *nm)
 
     population = Population(
         init=lambda key, hparams, start: init_state(start, tx, key, hparams=hparams),
@@ -245,7 +246,7 @@ def retrain(config: Config, arm: str, base: Base, text: bases.Text, rates: Seque
         num_steps=config.steps,
         evaluate=evaluate,
     )
-    frozen = {"dense": base.params, "masks": fixed}
+    frozen = {"dense": base.params, "masks": base.masks}
     return bases.tune_and_judge(config, arm, population, rates, folder, frozen, start)
 
 

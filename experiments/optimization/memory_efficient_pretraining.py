@@ -171,13 +171,13 @@ def _size(config: Config, arm: Arm) -> tuple[int, float]:
     """Parameters of the blocks' kernels, and megabytes of all parameters and optimizer state."""
     from jaxlm.core import trees
 
-    params, _ = _shapes(config.model, arm)
+    params, axes = _shapes(config.model, arm)
     kernels = sum(
         x.size
         for path, x in trees.named_leaves(params)
         if path.startswith("blocks/") and "/kernel" in path and _is_number(path)
     )
-    return kernels, _bytes(config.model, arm, "float32") / 1e6
+    return kernels, _bytes(arm, params, axes, "float32") / 1e6
 
 
 def _paper_row(name: str, size: str) -> tuple[str, str, float, float]:
@@ -186,10 +186,10 @@ def _paper_row(name: str, size: str) -> tuple[str, str, float, float]:
     from jaxlm.models.presets import preset
 
     config = dataclasses.replace(SMALL, rank={"llama-60m": 128, "llama-1b": 512}[size])
-    arm, model = make_arm(config, name, config.rates), preset(size)
-    params, _ = _shapes(model, arm)
+    arm = make_arm(config, name, config.rates)
+    params, axes = _shapes(preset(size), arm)
     parameters = sum(x.size for path, x in trees.named_leaves(params) if _is_number(path))
-    return size, name, parameters / 1e6, _bytes(model, arm, "bfloat16") / 1e9
+    return size, name, parameters / 1e6, _bytes(arm, params, axes, "bfloat16") / 1e9
 
 
 def _shapes(model: DecoderConfig, arm: Arm) -> tuple[Any, Any]:
@@ -206,14 +206,13 @@ def _shapes(model: DecoderConfig, arm: Arm) -> tuple[Any, Any]:
     return params, adapted_axes(params, decoder.axes())
 
 
-def _bytes(model: DecoderConfig, arm: Arm, dtype: str) -> float:
+def _bytes(arm: Arm, params: Any, axes: Any, dtype: str) -> float:
     """Of the parameters in `dtype` (places of sparse kernels in int32) and the optimizer's state of what is trained."""
     import jax
 
     from jaxlm.core import trees
     from jaxlm.optim.memory import state_bytes
 
-    params, axes = _shapes(model, arm)
     params = trees.map_named(
         lambda path, x: jax.ShapeDtypeStruct(x.shape, dtype if _is_number(path) else x.dtype), params
     )

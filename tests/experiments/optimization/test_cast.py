@@ -16,7 +16,7 @@ def result(loss, before=None, kept=1.0, masked=0.05, flips=0.0):
     return ArmResult({}, 1.0, (loss, loss), (loss,), 0.1, None, (outcome,))
 
 
-BASE = cast.Base(None, 3.0, 1.1, 0.6, 1e-4)
+BASE = cast.Base(None, None, 3.0, 1.1, 0.6, 1e-4)
 
 
 def test_smoke(tmp_path):
@@ -52,7 +52,7 @@ def test_masked_weights_have_to_vanish_and_kept_ones_to_stay(kept, masked, holds
 
 
 def test_a_run_too_short_for_its_weights_is_refused():
-    base = cast.Base(None, 3.0, 0.07, 0.03, 1e-4)
+    base = cast.Base(None, None, 3.0, 0.07, 0.03, 1e-4)
     config = cast.Config(cast.SMALL.model, cast.SMALL.data, steps=20)
     with pytest.raises(ConfigError, match=r"a masked weight travels 0\.0.*expected 3\.0 times the mean weight 0\.05"):
         cast.check_budget(config, base)
