@@ -6,6 +6,7 @@ head, whose gradient varies most from batch to batch, has momentum. Optimizer st
 
     python -m experiments.optimization.scale                        # small: 7 minutes on two CPU cores
     python -m experiments.optimization.scale --preset ablation      # all normalizations and uses of momentum
+    python -m experiments.optimization.scale --preset llama_1b --data.path 'c4/*.json.gz'       # on TPU v5e-16
 
 Arms share model, data and steps. Each is tuned over four learning rates of its own (and more where the best lies at an
 edge) with one seed, and judged with other seeds on other text.
@@ -21,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import bases, runner
+from experiments import bases, published, runner
 from experiments.bases import Arm, ArmResult, StudyConfig
 from jaxlm.core.errors import ConfigError, nearest
 from jaxlm.data.prepare import DataConfig
@@ -66,6 +67,8 @@ class Config(StudyConfig):
     """What is compared: `adam`, `sgd`, and normalizations with momentum for nothing, the head or everything."""
     variance_batches: int = 32
     """Batches from which each matrix's gradient variance is measured, in the first trained model of arm `adam`."""
+    rates: tuple[float, ...] = ()
+    """Learning rates that arms are tuned over in place of their own."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,6 +84,15 @@ SMALL = Config(
     data=DataConfig(vocab_size=1024, sequence_length=128),
 )
 
+# Steps and SCALE's learning rate in the paper; Adam is tuned by giving `--rates` several.
+_PUBLISHED: Mapping[str, tuple[int, float]] = {
+    "llama_60m": (11_000, 1e-3),
+    "llama_130m": (20_000, 1e-3),
+    "llama_350m": (60_000, 1e-3),
+    "llama_1b": (100_000, 2e-4),
+    "llama_7b": (150_000, 1e-4),
+}
+
 PRESETS: Mapping[str, Config] = {
     "smoke": dataclasses.replace(
         SMALL,
@@ -95,7 +107,12 @@ PRESETS: Mapping[str, Config] = {
     ),
     "small": SMALL,
     "ablation": dataclasses.replace(SMALL, arms=tuple(ARMS)),
+    **{
+        name: published.at_size(SMALL, name, arms=("adam", "scale"), steps=steps, rates=(rate,))
+        for name, (steps, rate) in _PUBLISHED.items()
+    },
 }
+TOPOLOGIES = published.TOPOLOGIES
 
 # The paper's perplexities of 60M models (table 2; the ablation's from its figures as others report them).
 _PAPER = {"adam": 30.05, "scale": 30.81, "column": 39.89, "row": 79.27, "sign": 54.36, "singular": 34.15}
@@ -104,9 +121,18 @@ _PAPER = {"adam": 30.05, "scale": 30.81, "column": 39.89, "row": 79.27, "sign": 
 def run(config: Config, out: Path) -> Report:
     """Trains and judges all arms; what is finished in `out` is not repeated."""
     text = bases.load_text(config)
-    results = bases.compare_arms(config, {name: ARMS[name] for name in config.arms}, text, out)
-    variance = _variance(config, text, results["adam"].params) if "adam" in results else {}
+    results = bases.compare_arms(config, {name: _arm(config, name) for name in config.arms}, text, out)
+    variance = _variance(config, text, results["adam"].params) if "adam" in results and text else {}
     return report(results, variance)
+
+
+def make_program(config: Config, devices: Any = None) -> tuple[Any, Any]:
+    """SCALE's training program of a preset with a mesh, for `experiments.plan`."""
+    return published.make_program(config, _arm(config, "scale"), devices=devices)
+
+
+def _arm(config: Config, name: str) -> Arm:
+    return dataclasses.replace(ARMS[name], rates=config.rates or ARMS[name].rates)
 
 
 def report(results: Mapping[str, ArmResult], variance: Mapping[str, float]) -> Report:
