@@ -72,7 +72,10 @@ def test_a_run_goes_on_from_its_checkpoint_and_refuses_one_of_other_settings(stu
         bases.compare_arms(dataclasses.replace(study, judge_rows=8), {"adam": arm}, None, tmp_path)
 
 
-@pytest.mark.parametrize("form", ["sltrain", *(pytest.param(f, marks=pytest.mark.slow) for f in ("low_rank", "relora"))])
+FORMS = ["sltrain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("low_rank", "relora"))]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_parametrizations_restart_on_a_mesh_as_on_one_device(study, form):
     arm = Arm(dataclasses.replace(ADAM, reset_every=2, recovery=2), (1e-2,), Parametrization(form, rank=4, density=0.1))
     rng = np.random.default_rng(1)
