@@ -152,10 +152,9 @@ def report(results: Mapping[str, ArmResult], variance: Mapping[str, float]) -> R
         tables.append(Table("Variance of the gradient from batch to batch", ("matrix", "variance"), tuple(ordered)))
     curves = tuple(Series(name, range(1, len(r.history) + 1), smooth(r.history)) for name, r in results.items())
     rates = tuple(Series(name, tuple(r.tuned), tuple(r.tuned.values())) for name, r in results.items())
-    figures = (
-        Figure("Training loss", curves, "step", "nats a token (smoothed)"),
-        Figure("Tuning", _finite(rates), "learning rate", "nats a token on the tuning text", x_scale="log"),
-    )
+    figures = [Figure("Training loss", curves, "step", "nats a token (smoothed)")]
+    if tuning := _finite(rates):
+        figures.append(Figure("Tuning", tuning, "learning rate", "nats a token on the tuning text", x_scale="log"))
     numbers = {f"loss, {name}": r.loss for name, r in results.items()}
     numbers |= {f"milliseconds a step, {name}": 1000 * r.seconds_a_step for name, r in results.items()}
     return Report(
@@ -164,7 +163,7 @@ def report(results: Mapping[str, ArmResult], variance: Mapping[str, float]) -> R
         numbers=numbers,
         claims=tuple(claims(results, variance)),
         tables=tuple(tables),
-        figures=figures,
+        figures=tuple(figures),
     )
 
 

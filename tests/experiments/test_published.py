@@ -99,6 +99,18 @@ def test_parametrizations_restart_on_a_mesh_as_on_one_device(study, form):
     np.testing.assert_allclose(*losses, rtol=2e-5)
 
 
+@pytest.mark.parametrize("module", [MODULES[0], *(pytest.param(m, marks=pytest.mark.slow) for m in MODULES[1:])])
+def test_a_study_is_reported(study, module, tmp_path):
+    module = importlib.import_module(f"experiments.optimization.{module}")
+    small = {f.name: getattr(study, f.name) for f in dataclasses.fields(study)}
+    found = {"rank": 4, "period": 2, "cycle": 10, "last_steps": 2, "history": 2, "quadratic_seeds": 1, "rates": (1e-2,)}
+    preset = module.PRESETS["llama_60m"]
+    found = {name: value for name, value in found.items() if hasattr(preset, name)}
+    report = module.run(dataclasses.replace(preset, **small, **found), tmp_path)
+    assert {name for name in report.numbers if name.startswith("loss")}
+    assert report.claims
+
+
 def test_a_preset_without_a_mesh_cannot_be_planned(study):
     with pytest.raises(ConfigError, match="has no mesh"):
         published.make_program(dataclasses.replace(study, mesh=None), Arm(ADAM, (1e-3,)))
