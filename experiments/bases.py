@@ -4,12 +4,13 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.checks import check_counts, check_seeds
 from jaxlm.core.configs import fingerprint
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.core.json_files import read_json, write_json
+from jaxlm.core.sharding import MeshConfig
 from jaxlm.data.prepare import DataConfig
 from jaxlm.models.config import DecoderConfig
 from jaxlm.optim.config import OptimizerConfig
@@ -44,6 +45,22 @@ class StudyConfig:
     def __post_init__(self):
         check_counts(self, "steps", "batch_size", "judge_rows")
         check_seeds(self.seeds, self.tuning_seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshStudyConfig(StudyConfig):
+    """A study that `compare_arms` runs whole, so that it can also be run at published sizes."""
+
+    mesh: MeshConfig | None = None
+    """Of the presets for accelerators: each run is one on a mesh, in a folder of its own (`experiments.published`)."""
+    micro_batches: int = 1
+    """Pieces of a batch, on a mesh."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints, and evaluations, on a mesh."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self, "micro_batches", "checkpoint_every")
 
 
 SMALL: Mapping[str, Any] = {
@@ -115,11 +132,13 @@ class ArmResult:
 class Keeper:
     """Keeps what is finished of a study in a folder: `keep(name, compute)` is a JSON value, computed once.
 
+    With `says` it prints the name of what it has computed.
+
     Raises `DataError` when what is kept under the name is of another configuration.
     """
 
-    def __init__(self, folder: Path, config: Any):
-        self._folder, self._config = folder, fingerprint(config)
+    def __init__(self, folder: Path, config: Any, *, says: bool = True):
+        self._folder, self._config, self._says = folder, fingerprint(config), says
 
     def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
         path = self._folder / (name.replace(" ", "_") + ".json")
@@ -130,12 +149,15 @@ class Keeper:
             return kept["value"]
         value = compute()
         write_json(path, {"config": self._config, "value": value})
-        print(f"{name}: done", flush=True)
+        if self._says:
+            print(f"{name}: done", flush=True)
         return read_json(path)["value"]
 
 
-def load_text(config: StudyConfig) -> Text:
-    """The rows of a study, from the caches of `prepare_data`."""
+def load_text(config: StudyConfig) -> Text | None:
+    """The rows of a study, from the caches of `prepare_data`; `None` for one on a mesh, whose data stream."""
+    if isinstance(config, MeshStudyConfig) and config.mesh is not None:
+        return None
     return read_text(config.data, config.model.vocab_size, config.steps * config.batch_size, config.judge_rows)
 
 
@@ -157,22 +179,25 @@ def read_text(data: DataConfig, vocab_size: int, train_rows: int, judge_rows: in
     return Text(train, *held_out.cut(0.5, 0.5))
 
 
-def compare_arms(config: StudyConfig, arms: Mapping[str, Arm], text: Text, out: Path) -> dict[str, ArmResult]:
+def compare_arms(config: StudyConfig, arms: Mapping[str, Arm], text: Text | None, out: Path) -> dict[str, ArmResult]:
     """Trains every arm at each of its rates, then at the best one with each seed.
 
     While the best rate is the least or the greatest, one more is tried beyond it, as far apart as the last two, and
-    three at most. Finished runs are kept in `out/members` and not repeated.
+    three at most. Finished runs are kept in `out/members` (on a mesh, `out/runs`) and not repeated.
 
     Raises `ConfigError` if every run of an arm diverges.
     """
-    return {name: _run_arm(config, name, arm, text, out / "members") for name, arm in arms.items()}
+    return {name: _run_arm(config, name, arm, text, out) for name, arm in arms.items()}
 
 
-def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path) -> ArmResult:
+def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text | None, out: Path) -> ArmResult:
+    from experiments.published import MeshRuns
     from jaxlm.evals import resident_loss
     from jaxlm.models import Decoder
     from jaxlm.objectives import CausalLM
 
+    if text is None:
+        return tune_and_judge(config, name, MeshRuns(config, arm), arm.rates, out / "runs")
     objective = CausalLM(Decoder(config.model))
     tuning_loss, judge_loss = (resident_loss(objective, rows, config.batch_size) for rows in (text.tuning, text.judge))
     population, frozen = arm_population(
@@ -181,7 +206,7 @@ def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text, folder: Path)
         sample=lambda key, step: text.train.sample(key, step, config.batch_size),
         evaluate=lambda params: {"tuning": tuning_loss(params), "judge": judge_loss(params)},
     )
-    return tune_and_judge(config, name, population, arm.rates, folder, frozen)
+    return tune_and_judge(config, name, population, arm.rates, out / "members", frozen)
 
 
 def arm_population(
@@ -199,16 +224,56 @@ def arm_population(
     trained (`tune_and_judge`) begins from these parameters; by default each member has its own.
     """
     import jax
-    import optax
 
     from jaxlm.core import trees
     from jaxlm.models import Decoder
     from jaxlm.objectives import CausalLM
+    from jaxlm.training import Population, init_state, make_step
+
+    model = Decoder(config.model)
+    parts = arm_parts(model, arm, config.steps, sweep=True)
+    # What is never trained is the same for all seeds. (Alone: where that is nothing, nothing is compiled.)
+    frozen = jax.jit(lambda key, start: parts.cut(parts.draw(key, start))[1])(jax.random.key(config.tuning_seed), start)
+    population = Population(
+        init=lambda key, hparams, start=None: init_state(
+            parts.cut(parts.draw(key, start))[0], parts.tx, key, hparams=hparams
+        ),
+        step=parts.wrap(make_step(objective or CausalLM(model), parts.tx, build=parts.build)),
+        sample=sample,
+        num_steps=config.steps,
+        evaluate=lambda trainable: evaluate(trees.merge(trainable, frozen)),
+        view=getattr(arm.optimizer, "view", None),
+    )
+    return population, frozen
+
+
+class ArmParts(NamedTuple):
+    """What an arm makes of a model.
+
+    `draw(key, start=None)`: its parameters, or those of `start` in its form; `axes`: of these. `cut(params)`: what is
+    trained and what is not; `build(trainable, frozen, step)` joins them. `tx`: the optimizer of what is trained;
+    `wrap(step)`: a step with the arm's restarts.
+    """
+
+    draw: Callable[..., Any]
+    axes: Any
+    cut: Callable[[Any], tuple[Any, Any]]
+    build: Callable[[Any, Any, Any], Any]
+    tx: Any
+    wrap: Callable[[Any], Any]
+
+
+def arm_parts(model: Any, arm: Arm, steps: int, *, sweep: bool = False) -> ArmParts:
+    """The parts of an arm for a `Decoder`; with `sweep` the optimizer reads its learning rate from `hparams`."""
+    import jax
+    import optax
+
+    from jaxlm.core import trees
     from jaxlm.optim.roles import label
     from jaxlm.peft.lora import adapted_axes
-    from jaxlm.training import Population, change_every, init_state, make_step
+    from jaxlm.training import change_every
 
-    model, how = Decoder(config.model), arm.parametrization
+    how = arm.parametrization
 
     def draw(key: Any, start: Any = None) -> Any:
         return parametrize(key, model.init(key)["params"] if start is None else start, how)
@@ -220,25 +285,17 @@ def arm_population(
         params = trees.merge(trainable, frozen, step)
         return stop_bases(params) if how.name == "relora" else params
 
-    # What is never trained is the same for all seeds. (Alone: where that is nothing, nothing is compiled.)
-    frozen = jax.jit(lambda key, start: cut(draw(key, start))[1])(jax.random.key(config.tuning_seed), start)
-    shapes = jax.eval_shape(draw, jax.random.key(0))
-    tx = arm.optimizer.make(config.steps, adapted_axes(shapes, model.axes()), sweep=True)
+    def wrap(step: Any) -> Any:
+        if not arm.optimizer.reset_every:
+            return step
+        return change_every(step, arm.optimizer.reset_every, lambda key, trainable: restart(key, trainable, how))
+
+    axes = adapted_axes(jax.eval_shape(draw, jax.random.key(0)), model.axes())
+    tx = arm.optimizer.make(steps, axes, sweep=sweep)
     if how.name == "relora":
         kinds = {"trained": tx, "base": optax.set_to_zero()}
         tx = optax.partition(kinds, lambda p: trees.map_named(lambda x, _: "base" if is_base(x) else "trained", p))
-    step = make_step(objective or CausalLM(model), tx, build=build)
-    if arm.optimizer.reset_every:
-        step = change_every(step, arm.optimizer.reset_every, lambda key, trainable: restart(key, trainable, how))
-    population = Population(
-        init=lambda key, hparams, start=None: init_state(cut(draw(key, start))[0], tx, key, hparams=hparams),
-        step=step,
-        sample=sample,
-        num_steps=config.steps,
-        evaluate=lambda trainable: evaluate(trees.merge(trainable, frozen)),
-        view=getattr(arm.optimizer, "view", None),
-    )
-    return population, frozen
+    return ArmParts(draw, axes, cut, build, tx, wrap)
 
 
 def tune_and_judge(

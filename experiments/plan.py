@@ -38,7 +38,7 @@ class Config:
     topology: str = ""
     """`v5e:16x16`, `v5p:2x4x4`, `v6e:4x4`, `h200`, `h200:8`; by default the preset's own."""
     experiment: str = "pretrain"
-    """A module of `experiments` with `PRESETS`, `TOPOLOGIES` and `make_program`."""
+    """A module of `experiments` with `PRESETS`, `TOPOLOGIES` and `make_program`: `optimization.scale`."""
     step: Literal["train", "rl", "lora", "qlora", "decode"] = "train"
     """The pretraining step; a GRPO step beside a frozen reference; one of adapters over a base in bfloat16, or packed
     in 4 bits; or the generation of one token for each row of the batch."""
@@ -151,12 +151,12 @@ def plan_preset(module: Any, preset: Any, config: Config) -> Any:
     except ConfigError as error:
         hint = f"give a mesh for {config.topology}, for example --mesh fsdp={len(topology.devices)}"
         raise ConfigError(f"{error}; {hint}") from error
-    program = module.make_program(preset, topology.devices)
+    program, frozen = _program(module, preset, config, topology.devices)
     sizes = {"batch_size": preset.batch_size, "length": preset.data.sequence_length}
-    parts = (program.model, preset.optimizer, program.mesh)
+    parts = (program.model, getattr(preset, "optimizer", None), program.mesh)
     match config.step:
         case "train":
-            step = planning.train_step(program, planning.abstract_batch(program.mesh, *sizes.values()))
+            step = planning.train_step(program, planning.abstract_batch(program.mesh, *sizes.values()), frozen)
         case "rl":
             step = planning.policy_step(*parts, **sizes, members=config.members, micro_batches=preset.micro_batches)
         case "lora":
@@ -173,6 +173,15 @@ def plan_preset(module: Any, preset: Any, config: Config) -> Any:
         model_flops=step.model_flops,
         executed_flops=step.executed_flops,
     )
+
+
+def _program(module: Any, preset: Any, config: Config, devices: Any) -> tuple[Any, Any]:
+    """The experiment's program for these devices, and the frozen argument of its step."""
+    if config.step in ("rl", "lora", "qlora") and not hasattr(preset, "optimizer"):
+        raise ConfigError(f"--step {config.step} takes the optimizer of a preset, and experiments.{config.experiment} "
+                          "has several: leave --experiment out")  # fmt: skip
+    made = module.make_program(preset, devices)
+    return made if isinstance(made, tuple) else (made, None)
 
 
 def search(config: Config, preset: Any) -> list[dict[str, Any]]:

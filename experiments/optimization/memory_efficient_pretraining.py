@@ -7,6 +7,7 @@ further.
 
     python -m experiments.optimization.memory_efficient_pretraining                  # small
     python -m experiments.optimization.memory_efficient_pretraining --preset all     # LoRA and ReLoRA too
+    python -m experiments.optimization.memory_efficient_pretraining --preset llama_60m --data.path 'c4/*.json.gz'
 
 Arms share model, data and steps; each is tuned over three learning rates (and more where the best lies at an edge)
 with one seed and judged with other seeds on other text. Arms with restarts run at the rate of the arm without.
@@ -18,8 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import bases, runner
-from experiments.bases import FRAME, Arm, ArmResult, StudyConfig
+from experiments import bases, published, runner
+from experiments.bases import FRAME, Arm, ArmResult, MeshStudyConfig
 from experiments.checks import check_arms, check_counts, check_rates
 from jaxlm.core.errors import ConfigError
 from jaxlm.models.config import DecoderConfig
@@ -33,7 +34,7 @@ _RESTARTED = {"low_rank, restarts": "low_rank", "sltrain, restarts": "sltrain"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(StudyConfig):
+class Config(MeshStudyConfig):
     """A comparison of parametrizations and optimizers."""
 
     arms: tuple[str, ...] = ARMS[:-2]
@@ -61,6 +62,11 @@ class Config(StudyConfig):
 
 SMALL = Config(**bases.SMALL, steps=400, batch_size=8)
 
+# Steps and ranks in the paper.
+_PUBLISHED: Mapping[str, tuple[int, int]] = {
+    "llama_60m": (11_000, 128), "llama_130m": (20_000, 256), "llama_350m": (60_000, 256), "llama_1b": (100_000, 512),
+}  # fmt: skip
+
 PRESETS: Mapping[str, Config] = {
     "smoke": dataclasses.replace(
         SMALL,
@@ -74,7 +80,14 @@ PRESETS: Mapping[str, Config] = {
     ),
     "small": SMALL,
     "all": dataclasses.replace(SMALL, arms=ARMS),
+    **{
+        name: published.at_size(
+            SMALL, name, steps=steps, rank=rank, density=0.01, cycle=2000, period=200, rates=(1e-3, 1.5e-3, 3e-3)
+        )
+        for name, (steps, rank) in _PUBLISHED.items()
+    },
 }
+TOPOLOGIES = {name: published.TOPOLOGIES[name] for name in _PUBLISHED}
 
 # Perplexities of LLaMA 1B in the paper.
 _PAPER = {"full": 13.97, "sltrain, restarts": 14.37}
@@ -104,6 +117,12 @@ def run(config: Config, out: Path) -> Report:
         rates = (results[_RESTARTED[name]].rate,) if name in _RESTARTED else config.rates
         results |= bases.compare_arms(config, {name: make_arm(config, name, rates)}, text, out)
     return report(config, {name: results[name] for name in config.arms})
+
+
+def make_program(config: Config, devices: Any = None) -> tuple[Any, Any]:
+    """SLTrain's training program of a preset with a mesh, and its fixed places, for `experiments.plan`."""
+    arm = make_arm(config, "sltrain, restarts", config.rates)
+    return published.make_program(config, arm, devices=devices)
 
 
 def report(config: Config, results: Mapping[str, ArmResult]) -> Report:

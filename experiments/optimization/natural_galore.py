@@ -5,6 +5,7 @@ The paper: validation loss 0.01 to 0.1 below GaLore's in pretraining, near full 
 calls more right plans than LoRA.
 
     python -m experiments.optimization.natural_galore                 # small
+    python -m experiments.optimization.natural_galore --preset llama_60m --data.path 'c4/*.json.gz'     # on TPU v5e-8
 
 Three parts. A quadratic with ill-conditioned Hessian, with and without noise, shows what the damping decides. A small
 language model is pretrained with Adam, GaLore, Natural GaLore (the paper's absolute damping, and damping relative to
@@ -17,9 +18,10 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments import bases, runner
-from experiments.bases import ArmResult, StudyConfig
+from experiments import bases, published, runner
+from experiments.bases import ArmResult, MeshStudyConfig, StudyConfig
 from experiments.checks import check_counts, check_rates
 from experiments.optimization.natural_galore_runs import QUADRATIC, pretraining_arms, run_quadratic, run_tools
 from jaxlm.data.prepare import DataConfig
@@ -49,7 +51,7 @@ class ToolConfig(StudyConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(StudyConfig):
+class Config(MeshStudyConfig):
     """All three parts; `steps`, `seeds` and `model` are those of pretraining."""
 
     rank: int = 24
@@ -87,6 +89,11 @@ SMALL = Config(
     ),
 )
 
+# Steps and ranks in the paper. `--adam_rates` tunes full rank.
+_PUBLISHED: Mapping[str, tuple[int, int]] = {
+    "llama_60m": (10_000, 128), "llama_130m": (20_000, 256), "llama_350m": (60_000, 256), "llama_1b": (100_000, 512),
+}  # fmt: skip
+
 PRESETS: Mapping[str, Config] = {
     "smoke": dataclasses.replace(
         SMALL,
@@ -101,7 +108,14 @@ PRESETS: Mapping[str, Config] = {
         tools=None,
     ),
     "small": SMALL,
+    **{
+        name: published.at_size(
+            SMALL, name, steps=steps, rank=rank, period=200, history=20, rates=(1e-2,), adam_rates=(1e-3,), tools=None
+        )
+        for name, (steps, rank) in _PUBLISHED.items()
+    },
 }
+TOPOLOGIES = {name: published.TOPOLOGIES[name] for name in _PUBLISHED}
 
 
 def run(config: Config, out: Path) -> Report:
@@ -111,6 +125,11 @@ def run(config: Config, out: Path) -> Report:
     pretraining = bases.compare_arms(config, pretraining_arms(config), text, out / "pretraining")
     tools = {} if config.tools is None else run_tools(config.tools, out / "tools")
     return report(quadratic, pretraining, tools)
+
+
+def make_program(config: Config, devices: Any = None) -> tuple[Any, Any]:
+    """Natural GaLore's training program of a preset with a mesh, for `experiments.plan`."""
+    return published.make_program(config, pretraining_arms(config)["natural, absolute"], devices=devices)
 
 
 def report(

@@ -6,6 +6,7 @@ head, whose gradient varies most from batch to batch, has momentum. Optimizer st
 
     python -m experiments.optimization.scale                        # small: 7 minutes on two CPU cores
     python -m experiments.optimization.scale --preset ablation      # all normalizations and uses of momentum
+    python -m experiments.optimization.scale --preset llama_1b --data.path 'c4/*.json.gz'       # on TPU v5e-16
 
 Arms share model, data and steps. Each is tuned over four learning rates of its own (and more where the best lies at an
 edge) with one seed, and judged with other seeds on other text.
@@ -21,8 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import bases, runner
-from experiments.bases import FRAME, Arm, ArmResult, StudyConfig
+from experiments import bases, published, runner
+from experiments.bases import FRAME, Arm, ArmResult, MeshStudyConfig
 from experiments.checks import check_arms
 from jaxlm.core.errors import ConfigError
 from jaxlm.optim.config import OptimizerConfig, ScaleOptions
@@ -53,13 +54,15 @@ ARMS: Mapping[str, Arm] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(StudyConfig):
+class Config(MeshStudyConfig):
     """A comparison of optimizers."""
 
     arms: tuple[str, ...] = ("adam", "sgd", "column", "row", "scale")
     """What is compared: `adam`, `sgd`, and normalizations with momentum for nothing, the head or everything."""
     variance_batches: int = 32
     """Batches from which each matrix's gradient variance is measured, in the first trained model of arm `adam`."""
+    rates: tuple[float, ...] = ()
+    """Learning rates that arms are tuned over in place of their own."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,11 +73,25 @@ class Config(StudyConfig):
 
 SMALL = Config(**bases.SMALL)
 
+# Steps and SCALE's learning rate in the paper; Adam is tuned by giving `--rates` several.
+_PUBLISHED: Mapping[str, tuple[int, float]] = {
+    "llama_60m": (11_000, 1e-3),
+    "llama_130m": (20_000, 1e-3),
+    "llama_350m": (60_000, 1e-3),
+    "llama_1b": (100_000, 2e-4),
+    "llama_7b": (150_000, 1e-4),
+}
+
 PRESETS: Mapping[str, Config] = {
     "smoke": dataclasses.replace(SMALL, **bases.SMOKE, steps=3, arms=("adam", "scale"), variance_batches=2),
     "small": SMALL,
     "ablation": dataclasses.replace(SMALL, arms=tuple(ARMS)),
+    **{
+        name: published.at_size(SMALL, name, arms=("adam", "scale"), steps=steps, rates=(rate,))
+        for name, (steps, rate) in _PUBLISHED.items()
+    },
 }
+TOPOLOGIES = published.TOPOLOGIES
 
 # The paper's perplexities of 60M models (table 2; the ablation's from its figures as others report them).
 _PAPER = {"adam": 30.05, "scale": 30.81, "column": 39.89, "row": 79.27, "sign": 54.36, "singular": 34.15}
@@ -83,9 +100,18 @@ _PAPER = {"adam": 30.05, "scale": 30.81, "column": 39.89, "row": 79.27, "sign": 
 def run(config: Config, out: Path) -> Report:
     """Trains and judges all arms; what is finished in `out` is not repeated."""
     text = bases.load_text(config)
-    results = bases.compare_arms(config, {name: ARMS[name] for name in config.arms}, text, out)
-    variance = _variance(config, text, results["adam"].params) if "adam" in results else {}
+    results = bases.compare_arms(config, {name: _arm(config, name) for name in config.arms}, text, out)
+    variance = _variance(config, text, results["adam"].params) if "adam" in results and text else {}
     return report(results, variance)
+
+
+def make_program(config: Config, devices: Any = None) -> tuple[Any, Any]:
+    """SCALE's training program of a preset with a mesh, for `experiments.plan`."""
+    return published.make_program(config, _arm(config, "scale"), devices=devices)
+
+
+def _arm(config: Config, name: str) -> Arm:
+    return dataclasses.replace(ARMS[name], rates=config.rates or ARMS[name].rates)
 
 
 def report(results: Mapping[str, ArmResult], variance: Mapping[str, float]) -> Report:
@@ -105,10 +131,9 @@ def report(results: Mapping[str, ArmResult], variance: Mapping[str, float]) -> R
         tables.append(Table("Variance of the gradient from batch to batch", ("matrix", "variance"), tuple(ordered)))
     curves = tuple(Series(name, range(1, len(r.history) + 1), smooth(r.history)) for name, r in results.items())
     rates = tuple(Series(name, tuple(r.tuned), tuple(r.tuned.values())) for name, r in results.items())
-    figures = (
-        Figure("Training loss", curves, "step", "nats a token (smoothed)"),
-        Figure("Tuning", _finite(rates), "learning rate", "nats a token on the tuning text", x_scale="log"),
-    )
+    figures = [Figure("Training loss", curves, "step", "nats a token (smoothed)")]
+    if tuning := _finite(rates):
+        figures.append(Figure("Tuning", tuning, "learning rate", "nats a token on the tuning text", x_scale="log"))
     numbers = {f"loss, {name}": r.loss for name, r in results.items()}
     numbers |= {f"milliseconds a step, {name}": 1000 * r.seconds_a_step for name, r in results.items()}
     return Report(
@@ -117,7 +142,7 @@ def report(results: Mapping[str, ArmResult], variance: Mapping[str, float]) -> R
         numbers=numbers,
         claims=tuple(claims(results, variance)),
         tables=tuple(tables),
-        figures=figures,
+        figures=tuple(figures),
     )
 
 

@@ -18,7 +18,7 @@ from jaxlm.objectives.base import Objective
 from jaxlm.training.communication import accumulate_in_few_bits, require_data_parallel
 from jaxlm.training.low_precision import Recipe, low_precision
 from jaxlm.training.state import TrainState, init_state, state_shardings
-from jaxlm.training.step import Build, Metrics, accumulate, make_step
+from jaxlm.training.step import Build, Metrics, Step, accumulate, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Program:
     `model` needs `init(key) -> {"params": ...}`, `axes()`, `abstract_params()` and `config.sharding_rules(mesh)`. All
     its parameters are trained from scratch, or `start`: what is trained of parameters that exist (`None` where a leaf
     is frozen), placed on the mesh. `build` makes the parameters of it and of the step's `frozen` argument. Products,
-    weights and optimizer state are as `policy` says; `recipe` holds objective and optimizer as fitted to it.
+    weights and optimizer state are as `policy` says; `recipe` holds objective and optimizer as fitted to it. `wrap` may
+    make more of the step (`change_every`).
     """
 
     model: Any
@@ -39,6 +40,7 @@ class Program:
     start: Any = None
     build: Build = trees.merge
     policy: PrecisionPolicy = PrecisionPolicy()
+    wrap: Callable[[Step], Step] | None = None
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -82,6 +84,7 @@ class Program:
             gradients = functools.partial(accumulate_in_few_bits, **sent)
         parts = {"build": self.build, "gradients": gradients, "apply_updates": self.recipe.apply_updates}
         step = make_step(self.recipe.objective, self.recipe.tx, **parts)
+        step = self.wrap(step) if self.wrap else step
         return self.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def jit(self, function: Callable, **options: Any) -> Callable:

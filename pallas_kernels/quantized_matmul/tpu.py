@@ -39,6 +39,7 @@ class Tiles:
 
 # Preferred sizes, the largest first: products of few rows are bound by reading codes, so they take wide tiles.
 TARGETS = {"few_rows": Tiles(16, 512, 1024), "many_rows": Tiles(512, 256, 512)}
+_WIDEST = max(tiles.blocked for tiles in TARGETS.values())
 
 
 def unsupported(w: Packed, x_dtype: jnp.dtype, dtype: jnp.dtype, transposed: bool, int8: bool = False) -> str | None:
@@ -56,7 +57,9 @@ def unsupported(w: Packed, x_dtype: jnp.dtype, dtype: jnp.dtype, transposed: boo
         return "int8 activations with anything but symmetric 8-bit kernels blocked along their input"
     if int8 and w.blocks > 1 and w.group % _LANES:
         return f"int8 activations with blocks of {w.group} (the kernel takes multiples of {_LANES}, or one block)"
-    if choose_tiles(1, w, dtype, sums_blocks=_sums_blocks(w, transposed), int8=int8) is None:
+    # Tiles depend on the number of rows: these take the smallest and the largest.
+    tiles = functools.partial(choose_tiles, w=w, dtype=dtype, sums_blocks=_sums_blocks(w, transposed), int8=int8)
+    if any(tiles(rows) is None for rows in (1, TARGETS["many_rows"].rows)):
         return f"blocks of {w.group} weights by {w.shape[-3 - w.axis]}: no tile of them fits in {VMEM_BUDGET} bytes"
     return None
 
@@ -100,12 +103,14 @@ def choose_tiles(rows: int, w: Packed, dtype: jnp.dtype, *, sums_blocks: bool, i
     target = TARGETS["few_rows" if rows <= 64 else "many_rows"]
     stored, free = w.codes.shape[w.axis], w.shape[-3 - w.axis]
     tile_rows = min(_round_up(max(rows, 1), 32 if int8 else 16), max(target.rows, 64))
-    unit = _blocked_unit(w, target.blocked)
-    if unit is None and stored > target.blocked:
+    # Blocks that fill no tile of the size preferred for many rows may fill one of the largest.
+    limits = [limit for limit in (target.blocked, _WIDEST) if stored <= limit or _blocked_unit(w, limit) is not None]
+    if not limits:
         return None
+    limit, unit = limits[0], _blocked_unit(w, limits[0])
     free_tile = min(target.free, _round_up(free, _LANES))
     while True:
-        tiles = Tiles(tile_rows, _blocked_tile(w, unit, target.blocked), free_tile)
+        tiles = Tiles(tile_rows, _blocked_tile(w, unit, limit), free_tile)
         if vmem_bytes(tiles, w, dtype, sums_blocks=sums_blocks) <= VMEM_BUDGET:
             return tiles
         if free_tile > _LANES:

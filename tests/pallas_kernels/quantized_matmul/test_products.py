@@ -70,6 +70,11 @@ def test_kernels_of_any_shape(product):
     check_product(**product)
 
 
+def test_blocks_that_fill_no_tile_of_the_size_for_many_rows():
+    # 320 codes in blocks of 160: within one tile for up to 64 rows (512), beyond that for more (256).
+    check_product(65, 2, 160, 3, 8, -2, False, False, "float32")
+
+
 @pytest.mark.release
 @settings(max_examples=25, derandomize=True, deadline=None, database=None)
 @given(some_product)
