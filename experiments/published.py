@@ -10,13 +10,15 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.bases import Arm, Keeper, MeshStudyConfig, arm_parts
 from jaxlm.core.configs import fingerprint
-from jaxlm.core.errors import CheckpointError, ConfigError
+from jaxlm.core.errors import CheckpointError, ConfigError, NonFiniteError
+from jaxlm.core.json_files import number
 from jaxlm.core.precision import BFLOAT16
 from jaxlm.core.sharding import MeshConfig
 from jaxlm.data.prepare import DataConfig
@@ -63,7 +65,8 @@ def at_size(config: MeshStudyConfig, name: str, **changes: Any) -> Any:
 class MeshRuns:
     """The runs of an arm on the study's mesh, as a `Population` to `tune_and_judge`.
 
-    Half of the held-out batches that are evaluated are to tune by, half to judge by.
+    A run that diverges ends at that step; its losses are NaN, and others go on. Half of the held-out batches that are
+    evaluated are to tune by, half to judge by.
     """
 
     def __init__(self, config: MeshStudyConfig, arm: Arm):
@@ -82,7 +85,9 @@ class MeshRuns:
             is_new = not (run / "outcome.json").exists()
             keep = Keeper(run, (self.config, self.arm), says=False)
             kept = keep("outcome", functools.partial(self._train, member, run))
-            outcome = Outcome(member, {"loss": kept["history"]}, kept["results"], kept["seconds"])
+            history = [number(loss) for loss in kept["history"]]
+            results = {name: number(loss) for name, loss in kept["results"].items()}
+            outcome = Outcome(member, {"loss": history}, results, kept["seconds"])
             if is_new and report is not None:
                 report(outcome)
             outcomes.append(outcome)
@@ -118,7 +123,8 @@ class MeshRuns:
                 process_index=process_index,
                 process_count=process_count,
             )
-            with contextlib.closing(batches):
+            # What diverged would diverge again: it is kept as that, and tuning goes on with other rates.
+            with contextlib.closing(batches), contextlib.suppress(NonFiniteError):
                 train_in_folder(
                     folder,
                     program,
@@ -135,11 +141,15 @@ class MeshRuns:
                     flops_per_token=train_flops_per_token(c.model, c.data.sequence_length),
                 )
         rows = read_metrics(folder)
-        results = {name: series(rows, f"eval/{name}/loss")[1][-1] for name in ("tuning", "judge")}
+        history = series(rows, "train/loss")[1][: c.steps]
+        results = dict.fromkeys(("tuning", "judge"), math.nan)
+        if len(history) == c.steps and math.isfinite(history[-1]):
+            results = {name: series(rows, f"eval/{name}/loss")[1][-1] for name in results}
         speeds = sorted(series(rows, "tokens_per_second")[1])
         tokens = c.steps * c.batch_size * c.data.sequence_length
-        seconds = tokens / speeds[len(speeds) // 2]
-        return {"results": results, "history": series(rows, "train/loss")[1], "seconds": seconds}
+        seconds = tokens / speeds[len(speeds) // 2] if speeds else math.nan
+        history += [math.nan] * (c.steps - len(history))
+        return {"results": results, "history": history, "seconds": seconds}
 
     @functools.cached_property
     def _data(self) -> Any:

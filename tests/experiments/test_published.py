@@ -72,6 +72,15 @@ def test_a_run_goes_on_from_its_checkpoint_and_refuses_one_of_other_settings(stu
         bases.compare_arms(dataclasses.replace(study, judge_rows=8), {"adam": arm}, None, tmp_path)
 
 
+def test_a_rate_at_which_a_run_diverges_is_not_taken_and_does_not_end_the_study(study, tmp_path):
+    arms = {"adam": Arm(dataclasses.replace(ADAM, clip_norm=None), (1e30, 1e-2))}
+    for _ in range(2):  # trained, and read
+        found = bases.compare_arms(dataclasses.replace(study, steps=3), arms, None, tmp_path)["adam"]
+        assert found.rate == 1e-2
+        assert np.isnan(found.tuned[1e30])
+        assert np.isfinite(found.losses).all()
+
+
 FORMS = ["sltrain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("low_rank", "relora"))]
 
 
