@@ -112,6 +112,8 @@ def resolve(config: Config) -> tuple[Any, Any, Config]:
         raise ConfigError(f"preset '{config.preset}' names no machine of its own: give --topology")
     parse_topology(topology)
     preset = module.PRESETS[config.preset]
+    if preset.mesh is None and not config.mesh:
+        raise ConfigError(f"preset '{config.preset}' is for one device and has no mesh: give --mesh")
     model = preset.model
     if config.remat:
         model = dataclasses.replace(model, remat=config.remat)

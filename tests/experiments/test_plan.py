@@ -145,6 +145,7 @@ def test_other_steps_than_pretraining(step, kind, size, least_effort):
         ({"search": 2, "step": "decode"}, "not of --step decode"),
         ({"experiment": "pretrian"}, "did you mean experiments.pretrain"),
         ({"experiment": "finetune"}, "cannot be planned"),
+        ({"experiment": "optimization.scale", "preset": "small", "topology": "v5e:2x2"}, "has no mesh: give --mesh"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_by_name(options, message):
