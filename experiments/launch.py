@@ -2,14 +2,12 @@
 
 Two settings have to be there before JAX starts, and are worth it:
 
-- *Huge pages for malloc*, on Linux with glibc when training on the CPU:
-`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`
-  makes a training step there 10 % faster and more. glibc reads it when a process starts, so the process
-  replaces itself once (same process id). `JAXLM_HUGE_PAGES=0` leaves it out.
-- *The persistent compilation cache*, `JAX_COMPILATION_CACHE_DIR`, under `~/.cache/jaxlm` with no minimum
-compile
-  time, so that a restarted run compiles nothing again. A value of your own is left alone;
-  `JAXLM_COMPILATION_CACHE=0` leaves it out. The folder may be deleted at any time.
+- *Huge pages for malloc*, on Linux with glibc when training on the CPU: `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` makes a
+  training step there 10 % faster and more. glibc reads it when a process starts, so the process replaces itself once
+  (same process id). `JAXLM_HUGE_PAGES=0` leaves it out.
+- *The persistent compilation cache*, `JAX_COMPILATION_CACHE_DIR`, under `~/.cache/jaxlm` with no minimum compile time,
+  so that a restarted run compiles nothing again. A value of your own is left alone; `JAXLM_COMPILATION_CACHE=0` leaves
+  it out. The folder may be deleted at any time.
 
 A program that imports `jaxlm` as a library decides for itself: call `prepare_environment()` before importing
 JAX, or set the variables in the shell.

@@ -201,7 +201,8 @@ def report(config: Config, rate: float, tuning: Mapping[float, float], results: 
         gap = 100 * (r.loss / baseline.loss - 1)
         rows.append((name, r.loss, gap, max(r.losses) - min(r.losses), 1000 * r.seconds_a_step or None))
     columns = ("policy", "loss", "% above float32", "seeds apart", "ms a step (emulated)")
-    at_rate = f"All at learning rate {rate:g}, the best of float32 ({_listed(tuning)}); "
+    edge = ", at an edge" if len(tuning) > 1 and rate in (min(tuning), max(tuning)) else ""
+    at_rate = f"All at learning rate {rate:g}, the best of float32 ({_listed(tuning)}{edge}); "
     slow = f"those without wider weights, and '{SLOW_BASELINE}', at {config.slow_share * rate:g}."
     curves = {name: r.history for name, r in results.items() if r.history}
     groups = (

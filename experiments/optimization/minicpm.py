@@ -258,12 +258,14 @@ def claims(config: Config, results: Results) -> list[Claim]:
     )
     longest, decayed = lengths[-1], ours[-1]
     stable, short = (mean[schedule_name(kind, longest)] for kind in ("stable", "wsd 2.5 %"))
+    at_edge = [kind for kind, losses in results.tuned.items() if _is_at_an_edge(losses)]
     found = [
         Claim(
             "Branches with a decay of 10 % reach cosine's loss (within 0.02 nats) at every length.",
             "reach or exceed cosine",
             f"{_shown(ours)} and {_shown(cosine)}",
             all(a <= b + 0.02 for a, b in zip(ours, cosine, strict=True)),
+            f"Best at an edge of the rates tried: {', '.join(at_edge)}." if at_edge else "",
         ),
         Claim(
             "It is the decay that does it: without, the same run is worse by more than 0.05 nats.",
@@ -357,6 +359,10 @@ def _best(losses: Mapping[float, float]) -> float:
     if not finite:
         raise ConfigError(f"every run diverges at the rates {list(losses)}: try smaller ones")
     return min(finite, key=finite.__getitem__)
+
+
+def _is_at_an_edge(losses: Mapping[float, float]) -> bool:
+    return len(losses) > 1 and _best(losses) in (min(losses), max(losses))
 
 
 def _place(losses: Sequence[float]) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 
 from experiments import bases, published, runner
 from experiments.bases import FRAME, Arm, ArmResult, MeshStudyConfig
-from experiments.checks import check_arms
+from experiments.checks import check_arms, check_rates
 from jaxlm.core.errors import ConfigError
 from jaxlm.optim.config import OptimizerConfig, ScaleOptions
 from jaxlm.reporting import Claim, Figure, Report, Series, Table
@@ -67,6 +67,8 @@ class Config(MeshStudyConfig):
     def __post_init__(self):
         super().__post_init__()
         check_arms(self.arms, ARMS)
+        if self.rates:
+            check_rates(self, "rates")
         if self.variance_batches < 2:
             raise ConfigError(f"variance_batches is {self.variance_batches}, expected at least 2")
 

@@ -43,6 +43,17 @@ def test_claims_are_judged_by_the_losses():
     assert not study.claims(results)[2].holds
 
 
+def test_a_rate_at_an_edge_of_those_tried_is_said_to_be_one():
+    results = {study.BASELINE: result(3.0), study.SLOW_BASELINE: result(5.0)}
+
+    def caption(rate):
+        tuning = {2e-3: 3.1, 4e-3: 3.0, 8e-3: 3.2}
+        return study.report(study.SMALL, rate, tuning, results).tables[0].caption
+
+    assert "(3.100 at 0.002, 3.000 at 0.004, 3.200 at 0.008)" in caption(4e-3)
+    assert "3.200 at 0.008, at an edge)" in caption(8e-3)
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="no precision policy 'fp9'"):
         study.Config(study.SMALL.model, study.SMALL.data, arms=("fp9",))

@@ -49,7 +49,11 @@ def results():
 
 
 def test_claims_that_hold(results):
-    assert [c.holds for c in minicpm.claims(CONFIG, results)] == [True] * 7
+    found = minicpm.claims(CONFIG, results)
+    assert [c.holds for c in found] == [True] * 7
+    assert found[0].note == ""
+    results.tuned["cosine"].update({0.02: 2.1, 0.04: 2.2})
+    assert minicpm.claims(CONFIG, results)[0].note == "Best at an edge of the rates tried: cosine."
 
 
 def test_claims_that_do_not_hold_are_seen(results):
