@@ -190,21 +190,23 @@ class Decoder:
         weight = params[name][leaf]
         if isinstance(weight, Weight):
             return None
-        normed = make_norm(self.config).apply({"params": params["final_norm"]}, hidden)
         dtype, softcap = self.config.precision.matmul_dtype, self.config.final_softcap
-        return HeadProjection(normed, weight, self.config.tie_embeddings, dtype, softcap)
+        return HeadProjection(self._head_inputs(params, hidden), weight, self.config.tie_embeddings, dtype, softcap)
 
     def head(self, params: Params, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
         """Float32 logits: final norm, scale, projection, soft cap."""
-        normed = make_norm(self.config).apply({"params": params["final_norm"]}, hidden)
-        if self.config.logit_scale is not None:
-            normed = normed * jnp.asarray(self.config.logit_scale, normed.dtype)
+        normed = self._head_inputs(params, hidden)
         if self.config.tie_embeddings:
             logits = self._embedding().apply({"params": params["embedding"]}, normed, method="project")
         else:
             logits = self._head().apply({"params": params["head"]}, normed)
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _head_inputs(self, params: Params, hidden: Array) -> Float[Array, "batch length embed"]:
+        normed = make_norm(self.config).apply({"params": params["final_norm"]}, hidden)
+        scale = self.config.logit_scale
+        return normed if scale is None else normed * jnp.asarray(scale, normed.dtype)
 
     def trunk(
         self,
