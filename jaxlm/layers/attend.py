@@ -175,8 +175,8 @@ def _softmax(scaled: Array, sources: tuple[KeyValues, ...], softcap: float | Non
     grouped = grouped.astype(dtype)
     logits = [_logits(grouped, source, softcap, dtype) for source in sources]
     joined = jnp.concatenate(logits, axis=-1) if len(logits) > 1 else logits[0]
-    top = jnp.max(joined, axis=-1, keepdims=True)
-    weights = jnp.where(joined > _MASKED, jnp.exp(joined - jax.lax.stop_gradient(top)), 0.0)
+    top = jax.lax.stop_gradient(jnp.max(joined, axis=-1, keepdims=True))
+    weights = jnp.where(joined > _MASKED, jnp.exp(joined - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0.0, 1.0, total)
     out, start = 0.0, 0
