@@ -310,6 +310,12 @@ def test_native_products_that_there_are_not_are_refused_by_name():
         (lambda x: PrecisionPolicy(implementation="fast"), "implementation of a policy is 'fast'"),
         (lambda x: PrecisionPolicy(forward=Product(None, mx("e4m3"))), "says how both its operands"),
         (lambda x: PrecisionPolicy(wgrad=Product(Quantizer("e4m3", history=4))), "each is stored in one way"),
+        (lambda x: PrecisionPolicy(wgrad=Product(PLAIN, Quantizer("e5m2", history=4))), "each is stored in one way"),
+        (lambda x: PrecisionPolicy(dgrad=Product(None)), "is in no forward product"),
+        (
+            lambda x: PrecisionPolicy(forward=Product(hadamard=16), wgrad=Product(None, PLAIN)),
+            "backward ones store their own",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, message):
