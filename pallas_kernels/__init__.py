@@ -11,6 +11,7 @@ from typing import Any
 # Imported when asked for: Pallas takes a second.
 _HOMES = {
     "flash_attention": "attention",
+    "flash_attention_ring": "attention",
     "flash_attention_sharded": "attention",
     "flash_decode": "attention",
     "flash_decode_sharded": "attention",

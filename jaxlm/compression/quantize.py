@@ -10,6 +10,7 @@ block's least and largest weight. Rounding is half to even.
 import dataclasses
 import fnmatch
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,11 +82,40 @@ def quantize(params: Any, config: QuantizeConfig, axes: Any = None) -> Any:
     Raises `ConfigError` naming the parameter when it cannot be stored so (an odd number of inputs in 4 bits, say), is
     quantized already, is not finite, or when nothing is left to quantize or a pattern of `skip` matches nothing.
     """
+    return _map_kernels(_convert, params, config, axes)
+
+
+def abstract_quantize(params: Any, config: QuantizeConfig, axes: Any = None) -> Any:
+    """The shapes of what `quantize` returns, from the shapes of the parameters; nothing is computed of their size."""
+
+    def convert(path: str, w: Any, config: QuantizeConfig, axis: int, names: Any) -> Quantized:
+        # Along the other axis all is alike: eight of it tell the rest.
+        other = -3 - axis
+        size = list(w.shape[-2:])
+        size[other] = 8
+
+        def widen(x: Array) -> jax.ShapeDtypeStruct:
+            shape = list(x.shape)
+            shape[other] = w.shape[other]
+            return jax.ShapeDtypeStruct((*w.shape[:-2], *shape), x.dtype)
+
+        return jax.tree.map(widen, _convert(path, jnp.zeros(size, w.dtype), config, axis, names))
+
+    return _map_kernels(convert, params, config, axes)
+
+
+def quantize_matrix(w: Float[Array, "*batch in out"], config: QuantizeConfig, axis: int = -2) -> Quantized:
+    """One matrix, or a stack of them, in blocks along `axis`. Raises `ConfigError` when its size does not fit."""
+    return _convert("matrix", w, config, axis, None)
+
+
+def _map_kernels(convert: Callable[..., Quantized], params: Any, config: QuantizeConfig, axes: Any) -> Any:
+    """The parameters with `convert(path, w, config, axis, names)` for each kernel that a configuration means."""
     done = 0
     unmatched = set(config.skip)
-    names = {} if axes is None else dict(trees.named_leaves(axes, is_leaf=sharding.is_axes))
+    named = {} if axes is None else dict(trees.named_leaves(axes, is_leaf=sharding.is_axes))
 
-    def convert(path: str, w: Any) -> Any:
+    def one(path: str, w: Any) -> Any:
         nonlocal done
         matches = {pattern for pattern in config.skip if fnmatch.fnmatch(path, pattern)}
         unmatched.difference_update(matches)
@@ -94,44 +124,15 @@ def quantize(params: Any, config: QuantizeConfig, axes: Any = None) -> Any:
             return w
         done += 1
         if isinstance(w, LowRank):
-            return dataclasses.replace(w, base=_convert(path, w.base, config, axis, names.get(path)))
-        return _convert(path, w, config, axis, names.get(path))
+            return dataclasses.replace(w, base=convert(path, w.base, config, axis, named.get(path)))
+        return convert(path, w, config, axis, named.get(path))
 
-    out = trees.map_named(convert, params, is_leaf=lambda x: isinstance(x, Weight))
+    out = trees.map_named(one, params, is_leaf=lambda x: isinstance(x, Weight))
     if unmatched:
         raise ConfigError(f"skip: no parameter's path matches {sorted(unmatched)}")
     if not done:
         raise ConfigError("no kernel to quantize: paths of kernels end in '/kernel' and begin with 'blocks/'")
     return out
-
-
-def abstract_quantize(params: Any, config: QuantizeConfig, axes: Any = None) -> Any:
-    """The shapes of what `quantize` returns, from the shapes of the parameters; nothing is computed of their size."""
-
-    def convert(path: str, w: Any) -> Any:
-        axis = _blocked_axis(path, w, config)
-        if axis is None or any(fnmatch.fnmatch(path, pattern) for pattern in config.skip):
-            return w
-        # Along the other axis all is alike: eight of it tell the rest.
-        other = -3 - axis
-        size = list(w.shape[-2:])
-        size[other] = 8
-        small = _convert(path, jnp.zeros(size, w.dtype), config, axis, names.get(path))
-
-        def widen(x: Array) -> jax.ShapeDtypeStruct:
-            shape = list(x.shape)
-            shape[other] = w.shape[other]
-            return jax.ShapeDtypeStruct((*w.shape[:-2], *shape), x.dtype)
-
-        return jax.tree.map(widen, small)
-
-    names = {} if axes is None else dict(trees.named_leaves(axes, is_leaf=sharding.is_axes))
-    return trees.map_named(convert, params)
-
-
-def quantize_matrix(w: Float[Array, "*batch in out"], config: QuantizeConfig, axis: int = -2) -> Quantized:
-    """One matrix, or a stack of them, in blocks along `axis`. Raises `ConfigError` when its size does not fit."""
-    return _convert("matrix", w, config, axis, None)
 
 
 def _blocked_axis(path: str, w: Any, config: QuantizeConfig) -> int | None:

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import trees
 from jaxlm.core.errors import ConfigError
-from jaxlm.core.sparsity import check_nm, nm_mask
-from jaxlm.weights import GroupScaled, Weight, add_group_scale, dense
+from jaxlm.core.sparsity import nm_mask
+from jaxlm.weights import GroupScaled, Weight, add_group_scale
 
 Chosen = Callable[[str], bool]
 
@@ -110,8 +110,7 @@ def _masks(params: Any, score: Callable[[str, Array], Array], n: int, m: int, ch
         if isinstance(w, Weight):
             raise ConfigError(f"{path} is a {type(w).__name__}, expected a dense kernel: make it dense first")
         done += 1
-        check_nm(w.shape, n, m, path)
-        return nm_mask(score(path, dense(w)), n, m, path)
+        return nm_mask(score(path, w), n, m, path)
 
     found = trees.map_named(one, params, is_leaf=lambda x: isinstance(x, Weight) and not isinstance(x, GroupScaled))
     return _unless_empty(found, done)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.core.errors import ConfigError, nearest
+from jaxlm.core.errors import ConfigError, nearest, shown
 from jaxlm.core.json_files import number
 
 
@@ -23,6 +23,8 @@ def to_dict(config: Any) -> Any:
         return {str(k): to_dict(v) for k, v in config.items()}
     if isinstance(config, (list, tuple)):
         return [to_dict(v) for v in config]
+    if isinstance(config, enum.Enum):
+        return to_dict(config.value)
     if config is None or isinstance(config, (bool, int, float, str)):
         return config
     return str(config)
@@ -59,14 +61,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(args, value, where)
     if origin is typing.Literal:
         if value not in args or type(value) not in {type(a) for a in args}:
-            raise ConfigError(f"{where} is {_shown(value)}: {nearest(_shown(value), args)}")
+            raise ConfigError(f"{where} is {shown(value)}: {nearest(shown(value), args)}")
         return value
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
     base = origin or hint
     if base in (tuple, list, collections.abc.Sequence):
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where} is {_shown(value)}, expected a list")
+            raise ConfigError(f"{where} is {shown(value)}, expected a list")
         if base is tuple and args and args[-1] is not Ellipsis:
             if len(args) != len(value):
                 raise ConfigError(f"{where} has {len(value)} entries, expected {len(args)}")
@@ -75,7 +77,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return list(items) if base is list else tuple(items)
     if isinstance(base, type) and issubclass(base, Mapping):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} is {_shown(value)}, expected an object")
+            raise ConfigError(f"{where} is {shown(value)}, expected an object")
         return {k: _convert(args[1], v, f"{where}.{k}") if args else v for k, v in value.items()}
     return _convert_scalar(hint, value, where)
 
@@ -106,23 +108,16 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
             return float(value)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         if value not in [member.value for member in hint]:
-            raise ConfigError(f"{where} is {_shown(value)}: {nearest(str(value), [m.value for m in hint])}")
+            raise ConfigError(f"{where} is {shown(value)}: {nearest(str(value), [m.value for m in hint])}")
         return hint(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is Path and not isinstance(value, Path):
-        raise ConfigError(f"{where} is {_shown(value)}, expected a path")
+        raise ConfigError(f"{where} is {shown(value)}, expected a path")
     if hint in (bool, int, float, str, type(None)) and type(value) is not hint:
         expected = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(hint, "nothing")
-        raise ConfigError(f"{where} is {_shown(value)}, expected {expected}")
+        raise ConfigError(f"{where} is {shown(value)}, expected {expected}")
     return value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, int) and abs(value) >= 1 << 4096:
-        return "an integer of thousands of digits"  # which Python does not print
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def fingerprint(value: Any, length: int = 16) -> str:

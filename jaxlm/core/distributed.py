@@ -100,12 +100,12 @@ def from_main(make: Callable[[], T]) -> T:
             raise ProcessLostError(f"the main process has stopped: {answer['error']}")
         return answer["value"]
     try:
-        value = make()
+        answer = json.dumps({"value": make()})  # What is no JSON is an error that the others must hear of, too.
     except BaseException as error:
         _client().key_value_set(name, json.dumps({"error": f"{type(error).__name__}: {error}"}))
         raise
-    _client().key_value_set(name, json.dumps({"value": value}))
-    return json.loads(json.dumps(value))
+    _client().key_value_set(name, answer)
+    return json.loads(answer)["value"]
 
 
 def main_first(work: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class JaxlmError(Exception):
@@ -34,3 +35,11 @@ def nearest(name: str, options: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}(valid: {', '.join(sorted(options))})"
+
+
+def shown(value: Any) -> str:
+    """A value as a message has it: 60 characters of its `repr` at most."""
+    if isinstance(value, int) and abs(value) >= 1 << 4096:
+        return "an integer of thousands of digits"  # which Python does not print
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -91,9 +91,13 @@ class PrecisionPolicy:
                 raise ConfigError(f"{name} of a policy is '{value}': {nearest(value, valid)}")
         if None in (self.forward.lhs, self.forward.rhs):
             raise ConfigError("the forward product of a policy says how both its operands are stored")
-        if any(q is not None and q.history for q in (self.wgrad.lhs, self.dgrad.rhs)) and (
-            self.wgrad.lhs != self.forward.lhs or self.dgrad.rhs != self.forward.rhs
-        ):
+        if self.forward.hadamard and None in (self.dgrad.rhs, self.wgrad.lhs):
+            raise ConfigError("the forward product of a policy rotates its operands: backward ones store their own")
+        if None in (self.dgrad.lhs, self.wgrad.rhs):
+            raise ConfigError("the gradient that a policy's dgrad and wgrad multiply is in no forward product")
+        # Scales are made for the second of each pair.
+        kept = (self.wgrad.lhs, self.forward.lhs), (self.dgrad.rhs, self.forward.rhs), (self.wgrad.rhs, self.dgrad.lhs)
+        if any(q is not None and q.history and q != first for q, first in kept):
             raise ConfigError("delayed scaling keeps one history each for x, w and g: each is stored in one way")
 
     @property
@@ -119,11 +123,6 @@ class PrecisionPolicy:
     def history(self) -> int:
         """The longest history of delayed scaling, 0 without."""
         return max((q.history for p in self.products for q in p.operands), default=0)
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """The formats that products multiply, other than float32."""
-        return tuple(sorted({q.format for p in self.products for q in p.operands} - {"float32"}))
 
     def for_evaluation(self) -> "PrecisionPolicy":
         """The same forward product without randomness and history: rounded to nearest, scaled by what is there."""
@@ -243,7 +242,8 @@ POLICIES: dict[str, PrecisionPolicy] = _named(
     _everywhere("mxfp8", *[mx("e4m3")] * 3),
     _everywhere("mxfp6", mx("e2m3"), mx("e2m3"), mx("e3m2")),
     _everywhere("mxfp4", *[mx("e2m1")] * 3),
-    # Training LLMs with MXFP4 (Tseng et al., 2025, arXiv 2502.20586): unbiased gradients.
+    # Training LLMs with MXFP4 (Tseng et al., 2025, arXiv 2502.20586): unbiased gradients. Here forward products are
+    # in MXFP4 as well, which theirs are not.
     _mxfp4_stochastic(),
     # Pretraining LLMs with NVFP4 (NVIDIA, 2025, arXiv 2509.25149), here without its two-dimensional weight scales.
     _nvfp4(),

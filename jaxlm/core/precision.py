@@ -39,5 +39,4 @@ class Precision:
         return jnp.dtype(self.matmul or self.activations)
 
 
-FLOAT32 = Precision()
 BFLOAT16 = Precision(activations="bfloat16")

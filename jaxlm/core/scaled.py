@@ -56,6 +56,8 @@ class Quantizer:
             raise ConfigError(f"block of a quantizer is {self.block}, expected sizes from 1, or None for a whole axis")
         if self.block is None and self.scale != "float32":
             raise ConfigError(f"a quantizer without blocks has no scale, but its scale is '{self.scale}'")
+        if self.block is None and self.shrink != 1:
+            raise ConfigError(f"a quantizer without blocks scales nothing, but its shrink is {self.shrink}")
         if not 0 < self.shrink <= 1:
             raise ConfigError(f"shrink of a quantizer is {self.shrink}, expected in (0, 1]")
         if self.history < 0 or (self.history and (self.block != (None, None) or self.scale != "float32")):
@@ -110,7 +112,7 @@ def quantize(
     if q.block is None:
         return Scaled(form.round(x, key), one.reshape(1, 1), one)
     if scale is not None:
-        return Scaled(form.round(x / scale, key), scale.reshape(1, 1), one)
+        return Scaled(form.round(x / scale * q.shrink, key), scale.reshape(1, 1), one / q.shrink)
     whole = one
     top = block_amax(x, q.block, summed) if q.scale != "mean" else _mean_magnitude(x, q.block, summed)
     match q.scale:

@@ -131,7 +131,12 @@ def num_bytes(tree: PyTree) -> int:
     def leaf_bytes(leaf: Any) -> int:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return math.prod(leaf.shape) * np.dtype(np.uint32).itemsize * 2
-        bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.dtype.itemsize * 8
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            bits = jnp.iinfo(leaf.dtype).bits
+        elif jnp.issubdtype(leaf.dtype, jnp.floating):
+            bits = jnp.finfo(leaf.dtype).bits
+        else:
+            bits = leaf.dtype.itemsize * 8
         return math.ceil(math.prod(leaf.shape) * bits / 8)
 
     return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))

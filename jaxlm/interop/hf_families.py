@@ -12,6 +12,7 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.interop import hf_keys
 from jaxlm.interop.hf_keys import Keys
 from jaxlm.models import DecoderConfig
+from jaxlm.models.config import MOST_LAYERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _read_gemma3(keys: Keys) -> DecoderConfig:
         attention_scale=keys.get("query_pre_attn_scalar") ** -0.5,
         final_softcap=keys.get("final_logit_softcapping", None),
         window=keys.integer("sliding_window", None),
-        window_pattern=pattern or (True,) * min(period - 1, hf_keys.MOST_LAYERS) + (False,),
+        window_pattern=pattern or (True,) * min(period - 1, MOST_LAYERS) + (False,),
         rope_theta_local=float(local_theta),
         **hf_keys.rotation(rope, theta, max_length),
     )

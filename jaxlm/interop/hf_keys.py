@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.core.errors import ConfigError, nearest
+from jaxlm.core.errors import ConfigError, nearest, shown
 from jaxlm.layers.rotary import RopeScaling
 from jaxlm.models import DecoderConfig
+from jaxlm.models.config import MOST_LAYERS
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -22,7 +23,6 @@ ACTIVATIONS = {
 }
 _ABSENT = object()
 _MOST = 1 << 53
-MOST_LAYERS = 1 << 12
 
 
 class Keys:
@@ -46,7 +46,7 @@ class Keys:
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise ConfigError(f"config.json: '{self._where}{name}' is {value!r}, expected {names}")
         if isinstance(value, int) and value >= _MOST:
-            raise ConfigError(f"config.json: '{self._where}{name}' is {_shown(value)}, expected less than {_MOST}")
+            raise ConfigError(f"config.json: '{self._where}{name}' is {shown(value)}, expected less than {_MOST}")
         if isinstance(value, (int, float)) and kind is not bool and not (math.inf > value > 0 or (zero and value == 0)):
             raise ConfigError(f"config.json: '{self._where}{name}' is {value!r}, expected a positive number")
         return value
@@ -188,11 +188,6 @@ def window_pattern(keys: Keys, num_layers: int) -> tuple[bool, ...] | None:
         raise ConfigError(f"config.json: 'layer_types' has {len(types)} entries, expected {num_layers}")
     marks = tuple(known[name] for name in types)
     return next(marks[:n] for n in range(1, len(marks) + 1) if all(m == marks[i % n] for i, m in enumerate(marks)))
-
-
-def _shown(value: Any) -> str:
-    # Python refuses to print integers of thousands of digits.
-    return repr(value) if not isinstance(value, int) or abs(value) < 1 << 200 else "a number of too many digits"
 
 
 def layer_types(c: DecoderConfig) -> list[str]:

@@ -378,6 +378,10 @@ def _swap(new: Path, folder: Path) -> None:
     if folder.exists():
         with beside(folder.absolute(), folder=True) as old:
             os.replace(folder, old)
-            os.replace(new, folder)
+            try:
+                os.replace(new, folder)
+            except BaseException:
+                os.replace(old, folder)
+                raise
     else:
         os.replace(new, folder)

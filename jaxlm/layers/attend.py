@@ -26,6 +26,7 @@ from pallas_kernels.attention import (
     flash_decode,
     flash_decode_sharded,
 )
+from pallas_kernels.attention.dispatch import SHORT
 
 # Finite, so that a row without any visible key stays free of NaN; such rows are set to zero explicitly.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -144,7 +145,7 @@ def attend(
         raise ConfigError(
             f"{implementation} attention takes one source without prefix or dense mask, its length divided evenly"
         )
-    long = q.shape[1] >= 64 or sharding.axis_size("sequence") > 1
+    long = q.shape[1] >= SHORT or sharding.axis_size("sequence") > 1
     if fits and implementation != "reference" and (implementation != "auto" or long):
         scaled = (q * jnp.asarray(scale, q.dtype)).astype(dtype)
         return _flash(scaled, sources[0], softcap, implementation).astype(q.dtype)
@@ -175,8 +176,8 @@ def _softmax(scaled: Array, sources: tuple[KeyValues, ...], softcap: float | Non
     grouped = grouped.astype(dtype)
     logits = [_logits(grouped, source, softcap, dtype) for source in sources]
     joined = jnp.concatenate(logits, axis=-1) if len(logits) > 1 else logits[0]
-    top = jnp.max(joined, axis=-1, keepdims=True)
-    weights = jnp.where(joined > _MASKED, jnp.exp(joined - jax.lax.stop_gradient(top)), 0.0)
+    top = jax.lax.stop_gradient(jnp.max(joined, axis=-1, keepdims=True))
+    weights = jnp.where(joined > _MASKED, jnp.exp(joined - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0.0, 1.0, total)
     out, start = 0.0, 0

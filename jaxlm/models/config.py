@@ -14,7 +14,8 @@ from jaxlm.layers.mlp import ACTIVATIONS
 from jaxlm.layers.rotary import RopeScaling
 
 REMAT = ("none", "dots", "projections", "full")
-_MOST = {"num_layers": 1 << 12}  # Lists of layers are made of what a file says: it must not fill the memory.
+MOST_LAYERS = 1 << 12
+"""Lists of layers are made of what a file says: it must not fill the memory."""
 
 
 class LayerKind(NamedTuple):
@@ -97,8 +98,9 @@ class DecoderConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim", "max_length"):
-            if not 1 <= getattr(self, name) <= _MOST.get(name, 2**31 - 1):
-                bound = f" and at most {_MOST.get(name, 2**31 - 1)}" if getattr(self, name) > 1 else ""
+            most = MOST_LAYERS if name == "num_layers" else 2**31 - 1
+            if not 1 <= getattr(self, name) <= most:
+                bound = f" and at most {most}" if getattr(self, name) > 1 else ""
                 raise ConfigError(f"model.{name} is {getattr(self, name)}, expected at least 1{bound}")
         for name, options in (
             ("norm", ("rms", "layer")),

@@ -31,8 +31,8 @@ from jaxlm.layers.embedding import Embedding, Head
 from jaxlm.layers.kv_cache import KVCache
 from jaxlm.layers.mlp import MLP
 from jaxlm.layers.norms import LayerNorm, RMSNorm
-from jaxlm.models import blocks
 from jaxlm.models.config import DecoderConfig, LayerKind
+from jaxlm.models.scan import scan_layers
 from jaxlm.weights import Weight
 
 Params = Mapping[str, Any]
@@ -190,21 +190,23 @@ class Decoder:
         weight = params[name][leaf]
         if isinstance(weight, Weight):
             return None
-        normed = make_norm(self.config).apply({"params": params["final_norm"]}, hidden)
         dtype, softcap = self.config.precision.matmul_dtype, self.config.final_softcap
-        return HeadProjection(normed, weight, self.config.tie_embeddings, dtype, softcap)
+        return HeadProjection(self._head_inputs(params, hidden), weight, self.config.tie_embeddings, dtype, softcap)
 
     def head(self, params: Params, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
         """Float32 logits: final norm, scale, projection, soft cap."""
-        normed = make_norm(self.config).apply({"params": params["final_norm"]}, hidden)
-        if self.config.logit_scale is not None:
-            normed = normed * jnp.asarray(self.config.logit_scale, normed.dtype)
+        normed = self._head_inputs(params, hidden)
         if self.config.tie_embeddings:
             logits = self._embedding().apply({"params": params["embedding"]}, normed, method="project")
         else:
             logits = self._head().apply({"params": params["head"]}, normed)
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _head_inputs(self, params: Params, hidden: Array) -> Float[Array, "batch length embed"]:
+        normed = make_norm(self.config).apply({"params": params["final_norm"]}, hidden)
+        scale = self.config.logit_scale
+        return normed if scale is None else normed * jnp.asarray(scale, normed.dtype)
 
     def trunk(
         self,
@@ -238,29 +240,10 @@ class Decoder:
 
         run_layer = self._layer_function(h.shape, positions, segment_ids, mask or Mask(c.causal), cache, context)
         per_layer = self._per_layer(cache, context, batch)
-        stacks = params["blocks"]
-        lengths = [blocks.run_length(stack) for stack in stacks]
-        if sum(lengths) != c.num_layers:
-            raise ConfigError(f"the parameters have {sum(lengths)} layers, the configuration {c.num_layers}")
-
-        kinds = c.layer_kinds()
-        chosen = {site: tap for site, tap in context.taps.items() if tap.layers is not None}
-        slots = {site: _slots(site, tap.layers, c.num_layers) for site, tap in chosen.items()}
-        buffers, outputs = None, []
-        for segment in blocks.segments(kinds, lengths, first, last):
-            low, high = segment.first, segment.last
-            stack = _slice(stacks[segment.run], low - segment.run_start, high - segment.run_start)
-            xs = (stack, _slice(per_layer, low, high))
-            segment_kinds = kinds[low : low + segment.period]
-            if buffers is None:
-                shapes = _tap_shapes(functools.partial(run_layer, segment_kinds[0]), h, xs) if chosen else {}
-                buffers = {site: _buffer(shapes[site], len(tap.layers)) for site, tap in chosen.items()}
-            (h, buffers), ys = _scan(run_layer, segment_kinds, (h, buffers), xs, slots)
-            outputs.append(ys)
-
-        new_keys, taps = _concatenate(outputs) if outputs else (None, {})
-        taps = {**taps, **{site: jax.tree.map(lambda x: x[:-1], tree) for site, tree in (buffers or {}).items()}}
-        if cache is not None and outputs:
+        h, new_keys, taps = scan_layers(
+            run_layer, params["blocks"], per_layer, c.layer_kinds(), h, context.taps, first, last
+        )
+        if cache is not None and new_keys is not None:
             cache = kv_cache.write(cache, *new_keys, layers=(first, last), advance=last == c.num_layers)
         return TrunkOutput(h, cache, taps, {})
 
@@ -402,55 +385,3 @@ def _remat_policy(name: str):
             return policies.save_only_these_names("attention_projection")
         case _:
             return policies.nothing_saveable
-
-
-def _slice(tree: Any, low: int, high: int) -> Any:
-    return jax.tree.map(lambda x: x if (low, high) == (0, x.shape[0]) else x[low:high], tree)
-
-
-def _slots(site: str, wanted: tuple[int, ...], count: int) -> Int[Array, "layers"]:
-    """Where each layer's tap goes in a buffer of `len(wanted)` results; what nobody wants goes to one row beyond."""
-    for index in wanted:
-        if not 0 <= index < count:
-            raise ConfigError(f"tap of '{site}' at layer {index} of a model with {count} layers")
-    return jnp.array([wanted.index(i) if i in wanted else len(wanted) for i in range(count)], jnp.int32)
-
-
-def _tap_shapes(run: Any, h: Array, xs: Any) -> dict[str, Any]:
-    return jax.eval_shape(lambda h, xs: run(h, *jax.tree.map(lambda x: x[0], xs))[2], h, xs)
-
-
-def _buffer(shapes: Any, size: int) -> Any:
-    return jax.tree.map(lambda s: jnp.zeros((size + 1, *s.shape), s.dtype), shapes)
-
-
-def _scan(run_layer, kinds: tuple[LayerKind, ...], carry: Any, xs: Any, slots: Mapping[str, Array]) -> tuple[Any, Any]:
-    """Scans layers, `len(kinds)` of them a step. Returns the carry and `((k, v), taps)` stacked along the layers."""
-    period = len(kinds)
-
-    def one(kind: LayerKind, carry: Any, x: Any) -> tuple[Any, Any]:
-        h, buffers = carry
-        h, new_keys, taps = run_layer(kind, h, *x)
-        index = x[1]["index"]
-        for site, table in slots.items():
-            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=table[index], axis=0)
-            buffers = {**buffers, site: jax.tree.map(put, buffers[site], taps[site])}
-        return (h, buffers), (new_keys, {site: value for site, value in taps.items() if site not in slots})
-
-    if period == 1:
-        return jax.lax.scan(functools.partial(one, kinds[0]), carry, xs)
-
-    def group(carry: Any, x: Any) -> tuple[Any, Any]:
-        ys = []
-        for i, kind in enumerate(kinds):
-            carry, y = one(kind, carry, jax.tree.map(lambda leaf: leaf[i], x))  # noqa: B023 (called at once)
-            ys.append(y)
-        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
-
-    grouped = jax.tree.map(lambda x: x.reshape(x.shape[0] // period, period, *x.shape[1:]), xs)
-    carry, ys = jax.lax.scan(group, carry, grouped)
-    return carry, jax.tree.map(lambda y: y.reshape(y.shape[0] * period, *y.shape[2:]), ys)
-
-
-def _concatenate(outputs: list[Any]) -> Any:
-    return outputs[0] if len(outputs) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)

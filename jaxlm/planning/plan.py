@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxlm.core import trees
 from jaxlm.planning import hlo
 from jaxlm.planning.topology import Chip, Topology
 
@@ -148,7 +148,12 @@ def estimate(chip: Chip, flops: float, costs: hlo.Costs) -> Times:
 
 def shard_bytes(tree: Any) -> float:
     """Bytes of one device's part of the arrays of a tree of `ShapeDtypeStruct`s with shardings."""
-    return float(sum(_shard_bytes(x) for x in jax.tree.leaves(tree)))
+
+    def part(x: Any) -> jax.ShapeDtypeStruct:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    return float(trees.num_bytes(jax.tree.map(part, tree)))
 
 
 def parse_refusal(message: str) -> tuple[float | None, float | None]:
@@ -176,9 +181,3 @@ def _without_cache() -> Iterator[None]:
 
 def _unit(letter: str) -> int:
     return 1024 ** "_KMGT".index(letter) if letter else 1
-
-
-def _shard_bytes(x: Any) -> int:
-    shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
-    key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return int(np.prod(shape, dtype=np.int64)) * (8 if key else x.dtype.itemsize)

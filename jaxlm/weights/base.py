@@ -6,6 +6,7 @@ Every array inside a `Weight` carries the same leading axes (layers, experts), s
 like arrays, and no static field may depend on them.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core import sharding, trees
+from jaxlm.core.errors import ConfigError, nearest
 
 
 class Weight:
@@ -44,6 +46,20 @@ class Weight:
     def child_axes(self, axes: tuple) -> Any:
         """A pytree of this class whose leaves are the logical axes of its arrays, given those of the whole."""
         raise NotImplementedError(f"{type(self).__name__}.child_axes")
+
+
+class OverBase(Weight):
+    """Base class of weights that do something to another kernel, `base`, and have its shape and dtype."""
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
 
 
 def matmul(x: Float[Array, "*n in"], w: Any, *, dtype: Any = None) -> Float[Array, "*n out"]:
@@ -89,6 +105,13 @@ def nbytes(w: Any) -> int:
 def child_axes(w: Any, axes: tuple) -> Any:
     """The logical axes of a kernel's arrays: `axes` itself for a dense one."""
     return w.child_axes(axes) if isinstance(w, Weight) else axes
+
+
+def check_kernels(params: Any, kernels: Collection[str]) -> None:
+    """Raises `ConfigError` for the path of a kernel that the parameters do not have."""
+    paths = [path for path, _ in trees.named_leaves(params, is_leaf=lambda x: isinstance(x, Weight))]
+    if missing := set(kernels) - set(paths):
+        raise ConfigError(f"no kernel '{min(missing)}': {nearest(min(missing), paths)}")
 
 
 def _dot(x: Array, w: Array, dtype: Any, transposed: bool) -> Array:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import trees
 from jaxlm.core.errors import ConfigError
-from jaxlm.weights.base import Weight
+from jaxlm.weights.base import OverBase, Weight, check_kernels
 
 
 def straight_through(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -57,7 +57,7 @@ def learned_step_quant(w: Float[Array, "..."], step: Float[Array, ""], bits: int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LearnedStep(Weight):
+class LearnedStep(OverBase):
     """A kernel `base` `(..., in, out)` rounded to `bits` by a step a matrix, `step` `(...)`; both are trained.
 
     What products see is `learned_step_quant(base, step, bits)`.
@@ -66,14 +66,6 @@ class LearnedStep(Weight):
     base: Float[Array, "*batch in out"]
     step: Float[Array, "*batch"]
     bits: int = dataclasses.field(default=4, metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
 
     def dense(self) -> Array:
         quant = learned_step_quant
@@ -89,9 +81,10 @@ def learn_steps(params: Any, kernels: Collection[str], bits: int) -> Any:
     """The parameters with `LearnedStep` for the kernels of these paths, steps being `2 mean|w| / sqrt(Q)` at first.
 
     Raises:
-      ConfigError: fewer than 2 bits, or more than 16; a kernel that is not a dense array.
+      ConfigError: fewer than 2 bits, or more than 16; a path that there is not; a kernel that is not a dense array.
     """
     top = _top(bits)
+    check_kernels(params, kernels)
 
     def one(path: str, w: Any) -> Any:
         if path not in kernels:

@@ -9,12 +9,12 @@ from jaxtyping import Array, Float
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.weights import base as weights
-from jaxlm.weights.base import Weight
+from jaxlm.weights.base import OverBase
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class GroupScaled(Weight):
+class GroupScaled(OverBase):
     """`base[i, j] * scale[i // (in / groups), j]`: CAST's weight scaling (arXiv 2509.25996).
 
     `base`: any kernel `(..., in, out)`; `scale`: `(..., groups, out)`, 1 at first.
@@ -22,14 +22,6 @@ class GroupScaled(Weight):
 
     base: Any
     scale: Float[Array, "*batch groups out"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
 
     def dense(self) -> Array:
         w = weights.dense(self.base)

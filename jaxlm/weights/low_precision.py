@@ -14,12 +14,12 @@ import jax
 from jaxtyping import Array, Float
 
 from jaxlm.core import trees
-from jaxlm.core.errors import ConfigError, nearest
+from jaxlm.core.errors import ConfigError
 from jaxlm.core.formats import number_format
 from jaxlm.core.keys import fold
 from jaxlm.core.policies import PrecisionPolicy
 from jaxlm.weights import base as weights
-from jaxlm.weights.base import Weight
+from jaxlm.weights.base import OverBase, Weight, check_kernels
 from jaxlm.weights.fake_quantized import LearnedStep, straight_through
 from jaxlm.weights.low_rank import LowRank
 from jaxlm.weights.quantized_dot import quantized_matmul
@@ -27,7 +27,7 @@ from jaxlm.weights.quantized_dot import quantized_matmul
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowPrecision(Weight):
+class LowPrecision(OverBase):
     """A kernel `base` `(..., in, out)` multiplied as `policy` says (see `jaxlm.weights.quantized_matmul`).
 
     `scales` and `meter`: `(..., 3)`, of the input, the kernel and the gradient; `key`: `(...)`; each `None` where the
@@ -39,14 +39,6 @@ class LowPrecision(Weight):
     meter: Float[Array, "*batch 3"] | None
     key: jax.Array | None
     policy: PrecisionPolicy = dataclasses.field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
 
     def dense(self) -> Array:
         return weights.dense(self.base)
@@ -97,12 +89,11 @@ def under_policy(
     Raises:
       ConfigError: a path that there is not; a weight that is neither dense nor one of those two.
     """
-    missing = set(kernels)
+    check_kernels(params, kernels)
 
     def one(path: str, w: Any) -> Any:
         if path not in kernels:
             return w
-        missing.discard(path)
         if isinstance(w, LowRank):
             return dataclasses.replace(w, base=one(path, w.base))
         if isinstance(w, Weight) and not isinstance(w, LearnedStep):
@@ -111,8 +102,4 @@ def under_policy(
         own = [None if state is None else state[path] for state in (scales, meters)]
         return LowPrecision(w, *own, keys, policy)
 
-    out = trees.map_named(one, params, is_leaf=lambda x: isinstance(x, Weight))
-    if missing:
-        paths = [path for path, _ in trees.named_leaves(params, is_leaf=lambda x: isinstance(x, Weight))]
-        raise ConfigError(f"no kernel '{min(missing)}': {nearest(min(missing), paths)}")
-    return out
+    return trees.map_named(one, params, is_leaf=lambda x: isinstance(x, Weight))

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlm.weights import base as weights
-from jaxlm.weights.base import Weight
+from jaxlm.weights.base import OverBase
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRank(Weight):
+class LowRank(OverBase):
     """`base + scale * a @ b`, without ever forming the sum.
 
     `base`: any kernel `(..., in, out)`; `a`: `(..., in, rank)`; `b`: `(..., rank, out)`. What is trained is the
@@ -24,14 +24,6 @@ class LowRank(Weight):
     a: Float[Array, "*batch in rank"]
     b: Float[Array, "*batch rank out"]
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
 
     def dense(self) -> Array:
         update = jnp.matmul(self.a, self.b, preferred_element_type=jnp.float32)

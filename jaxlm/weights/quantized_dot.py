@@ -71,8 +71,9 @@ def quantized_dot_general(
 ) -> Array:
     """`jax.lax.dot_general` under a policy: a function for the `dot_general` argument of other libraries' layers.
 
-    `lhs` is the activation, `rhs` the weight. Batch dimensions are mapped over. A policy that changes nothing is
-    `lax.dot_general` itself; delayed scaling needs state, and so `quantized_matmul`.
+    `lhs` is the activation, `rhs` the weight. Batch dimensions are mapped over, each entry with randomness of
+    its own. A policy that changes nothing is `lax.dot_general` itself; delayed scaling needs state, and so
+    `quantized_matmul`.
     """
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
     if policy.is_plain:
@@ -84,11 +85,16 @@ def quantized_dot_general(
     size = int(np.prod([lhs.shape[i] for i in summed_l]))
     x = jnp.transpose(lhs, (*batch_l, *free_l, *summed_l)).reshape(*batch, -1, size)
     w = jnp.transpose(rhs, (*batch_r, *summed_r, *free_r)).reshape(*batch, size, -1)
-    multiply = functools.partial(quantized_matmul, policy=policy, key=key)
+
+    def multiply(x: Array, w: Array, key: jax.Array | None) -> Array:
+        return quantized_matmul(x, w, policy, key=key)
+
+    if key is not None and batch:
+        key = jax.random.split(key, tuple(batch))
     for _axis in batch:
         multiply = jax.vmap(multiply)
     shape = (*batch, *(lhs.shape[i] for i in free_l), *(rhs.shape[i] for i in free_r))
-    y = multiply(x, w).reshape(shape)
+    y = multiply(x, w, key).reshape(shape)
     return y if preferred_element_type is None else y.astype(preferred_element_type)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from pallas_kernels import mesh_axes
 from pallas_kernels.attention.api import combine, flash_attention, flash_decode
 from pallas_kernels.attention.errors import AttentionError
 
@@ -183,11 +184,10 @@ def _check_axes(mesh: Mesh | None, *cuts: tuple[str, Axes, jax.Array, int]) -> i
     """Raises `AttentionError` unless the axes exist and divide what is cut; returns the parts of the last."""
     known = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     for name, axes, x, axis in cuts:
-        parts = 1
-        for axis_name in (axes,) if isinstance(axes, str) else axes or ():
+        for axis_name in mesh_axes.names(axes):
             if axis_name not in known.shape:
                 raise AttentionError(f"the mesh {dict(known.shape)} has no axis '{axis_name}'")
-            parts *= known.shape[axis_name]
+        parts = mesh_axes.parts(axes, known)
         if x.shape[axis] % parts:
             raise AttentionError(f"{x.shape[axis]} ({name}) is not divisible by {parts}, the size of mesh axes {axes}")
     return parts

@@ -156,6 +156,8 @@ def _cannot(
         if target.chip is None or target.chip.vmem < tpu.VMEM_LIMIT:
             return f"{target.kind}, of which {tpu.VMEM_LIMIT} bytes of VMEM are not known"
     if target.devices > 1:
+        if shards is None:
+            return f"a mesh of {target.devices} devices without shards"
         reason = sharded.cannot(shards, head.shape[0 if transposed else 1])
         if reason is not None:
             return reason

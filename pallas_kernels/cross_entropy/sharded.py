@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from pallas_kernels import mesh_axes
+from pallas_kernels.mesh_axes import Axes
+
 Array = jax.Array
-Axes = str | tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,24 +27,20 @@ class Shards:
     vocab: Axes = None
 
 
-def cannot(shards: Shards | None, vocab: int) -> str | None:
+def cannot(shards: Shards, vocab: int) -> str | None:
     """Why the ambient mesh cannot be divided so (a phrase for an error), or `None`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if shards is None:
-        return f"a mesh of {mesh.size} devices without shards"
-    names = [name for part in (*shards.rows, shards.vocab) for name in _names(part)]
-    if len(set(names)) < len(names) or set(names) - set(mesh.shape):
-        return f"{shards}: axes that repeat or are not of the mesh {dict(mesh.shape)}"
-    if vocab % _parts(shards.vocab):
-        return f"a vocabulary of {vocab} in {_parts(shards.vocab)} parts"
+    if reason := mesh_axes.why_not(shards, *shards.rows, shards.vocab):
+        return reason
+    if vocab % mesh_axes.parts(shards.vocab):
+        return f"a vocabulary of {vocab} in {mesh_axes.parts(shards.vocab)} parts"
     return None
 
 
 def local_shapes(x: Array, head: Array, shards: Shards, transposed: bool) -> tuple[Any, Any]:
     """Of a device's tokens `[tokens, embed]` and of its part of the head."""
-    tokens = math.prod(x.shape[:-1]) // math.prod(_parts(part) for part in _rows(x, shards))
+    tokens = math.prod(x.shape[:-1]) // math.prod(mesh_axes.parts(part) for part in _rows(x, shards))
     shape = list(head.shape)
-    shape[0 if transposed else 1] //= _parts(shards.vocab)
+    shape[0 if transposed else 1] //= mesh_axes.parts(shards.vocab)
     return jax.ShapeDtypeStruct((tokens, x.shape[-1]), x.dtype), jax.ShapeDtypeStruct(tuple(shape), head.dtype)
 
 
@@ -70,7 +68,7 @@ def gradients(
 ) -> tuple[Array, Array]:
     """`run(x, head, targets, *numbers)`, the implementations' `gradients`, over the devices, added up in float32."""
     rows, head_spec = _specs(x, shards, transposed)
-    row_axes = tuple(name for part in rows for name in _names(part))
+    row_axes = tuple(name for part in rows for name in mesh_axes.names(part))
 
     def total(x: Array, axes: Axes) -> Array:
         return jax.lax.psum(x.astype(jnp.float32), axes).astype(x.dtype) if axes else x
@@ -91,18 +89,9 @@ def _specs(x: Array, shards: Shards, transposed: bool) -> tuple[PartitionSpec, P
 
 
 def _rows(x: Array, shards: Shards) -> tuple[Axes, ...]:
-    given = (*shards.rows, *(None,) * x.ndim)[: x.ndim - 1]
-    return tuple(None if size % _parts(part) else part for part, size in zip(given, x.shape[:-1], strict=True))
+    return mesh_axes.dividing(shards.rows, x.shape[:-1])
 
 
 def _first_column(head: Array, vocab: Axes, transposed: bool) -> Array | int:
     return 0 if vocab is None else jax.lax.axis_index(vocab) * head.shape[0 if transposed else 1]
 
-
-def _names(part: Axes) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else (part or ())
-
-
-def _parts(part: Axes) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[name] for name in _names(part))

@@ -2,37 +2,21 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from pallas_kernels import target as targets
-from pallas_kernels.quantized_matmul import reference, tpu
+from pallas_kernels.quantized_matmul import reference, sharded, tpu
 from pallas_kernels.quantized_matmul.layout import Packed, check
+from pallas_kernels.quantized_matmul.sharded import Shards
 from pallas_kernels.target import KernelError, Target
 
 Array = jax.Array
-Axes = str | tuple[str, ...] | None
 
 IMPLEMENTATIONS = ("auto", "reference", "tpu", "tpu_interpret", "hopper", "hopper_interpret")
-
-
-@dataclasses.dataclass(frozen=True)
-class Shards:
-    """How a product lies on the ambient mesh, in mesh axes: what a kernel needs there, XLA cannot divide one.
-
-    `rows`: one entry for each axis of `x` but the last; one that does not divide its axis is dropped. `blocked` and
-    `free`: the matrix's axis along which blocks lie, and its other one. A matrix that is stored over other mesh axes
-    too is gathered, packed.
-    """
-
-    rows: tuple[Axes, ...] = ()
-    blocked: Axes = None
-    free: Axes = None
 
 
 def quantized_matmul(
@@ -123,7 +107,7 @@ def _multiply(x: Array, w: Packed, options: _Options) -> Array:
     run = functools.partial(_on_one_device, options=options, target=target)
     if options.chosen == "reference" or target.devices == 1:
         return run(x, w)
-    return _sharded(run, x, w, options.transposed, options.shards)
+    return sharded.multiply(run, x, w, options.shards, options.transposed)
 
 
 def _on_one_device(x: Array, w: Packed, options: _Options, target: Target) -> Array:
@@ -145,34 +129,6 @@ def _on_one_device(x: Array, w: Packed, options: _Options, target: Target) -> Ar
 
         return gpu.matmul(x, w, dtype=dtype, interpret=options.chosen == "hopper_interpret")
     return tpu.matmul(x, w, transposed=options.transposed, dtype=dtype, interpret=interpret)
-
-
-def _sharded(run: Any, x: Array, w: Packed, transposed: bool, shards: Shards) -> Array:
-    """`run` on each device's part; parts of a sum over a divided axis are added in float32."""
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = shards.rows[: x.ndim - 1] + (None,) * (x.ndim - 1 - len(shards.rows))
-    rows = tuple(None if size % _parts(part, mesh) else part for part, size in zip(rows, x.shape[:-1], strict=True))
-    sums_blocks = (w.axis == -2) != transposed
-    into, out = (shards.blocked, shards.free) if sums_blocks else (shards.free, shards.blocked)
-    spec = (shards.blocked, shards.free) if w.axis == -2 else (shards.free, shards.blocked)
-    whole = (None, shards.free) if w.axis == -2 else (shards.free, None)
-    # One scale a column serves all parts; several are divided like the blocks they belong to.
-    per_block = spec if w.blocks > 1 else whole
-    specs = jax.tree.map(lambda a: PartitionSpec(*per_block), w)
-    specs = dataclasses.replace(specs, codes=PartitionSpec(*spec))
-
-    def part(x: Array, w: Packed) -> Array:
-        if into is None:
-            return run(x, w)
-        return jax.lax.psum(run(x, w).astype(jnp.float32), into).astype(x.dtype)
-
-    return jax.shard_map(
-        part,
-        mesh=mesh,
-        in_specs=(PartitionSpec(*rows, into), specs),
-        out_specs=PartitionSpec(*rows, out),
-        check_vma=False,
-    )(x, w)
 
 
 def _choose(
@@ -225,48 +181,15 @@ def _cannot(
     if target.devices > 1:
         if shards is None:
             return f"a mesh of {target.devices} devices without shards"
-        mesh = jax.sharding.get_abstract_mesh()
-        names = [name for part in (*shards.rows, shards.blocked, shards.free) for name in _names(part)]
-        if len(set(names)) < len(names) or set(names) - set(mesh.shape):
-            return f"{shards}: axes that repeat or are not of the mesh {dict(mesh.shape)}"
-        blocked, free = _parts(shards.blocked, mesh), _parts(shards.free, mesh)
-        if w.shape[-3 - w.axis] % free:
-            return f"{w.shape[-3 - w.axis]} columns in {free} parts"
-        if w.blocks > 1 and w.blocks % blocked:
-            return f"{w.blocks} blocks of {w.group} in {blocked} parts: blocks would straddle them"
-        if w.blocks == 1 and blocked > 1 and w.bits < 8:
-            return f"one block of {w.group} packed weights in {blocked} parts: it would straddle them"
-        if w.codes.shape[w.axis] % blocked:
-            return f"{w.codes.shape[w.axis]} rows of codes in {blocked} parts"
-        if activation_bits == 8 and blocked > 1:
-            return f"a scale for each row of x, which lies in {blocked} parts"
-        local = _local(w, blocked, free)
+        reason = sharded.cannot(shards, w, activation_bits == 8)
+        if reason is not None:
+            return reason
+        local = sharded.local_shapes(w, shards)
     if hopper:
         from pallas_kernels.quantized_matmul import gpu
 
         return gpu.unsupported(local, jnp.dtype(dtype), transposed, implementation == "hopper_interpret")
     return tpu.unsupported(local, x.dtype, jnp.dtype(dtype), transposed, activation_bits == 8)
-
-
-def _local(w: Packed, blocked: int, free: int) -> Packed:
-    """Shapes of a device's part."""
-
-    def cut(array: Array) -> Any:
-        shape = list(array.shape)
-        shape[-3 - w.axis] //= free
-        if shape[w.axis] > 1:
-            shape[w.axis] //= blocked
-        return jax.ShapeDtypeStruct(shape, array.dtype)
-
-    return jax.tree.map(cut, w)
-
-
-def _names(part: Axes) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else (part or ())
-
-
-def _parts(part: Axes, mesh: Any) -> int:
-    return math.prod(mesh.shape[name] for name in _names(part))
 
 
 def _check(x: Array, w: Packed, transposed: bool, activation_bits: int | None, implementation: str) -> None:

@@ -55,8 +55,10 @@ TABLE = (GpuTiles(8), GpuTiles(16), GpuTiles(32), GpuTiles(64), GpuTiles(128, st
 
 def unsupported(w: Packed, dtype: jnp.dtype, transposed: bool, interpret: bool = False) -> str | None:
     """Why this kernel cannot do a product (a phrase for an error), or `None`."""
-    if w.bits not in (4, 8) or w.super_scale is not None or w.super_minimum is not None:
-        return f"codes of {w.bits} bits with superblocks or beyond 4 and 8 bits"
+    if w.bits not in (4, 8):
+        return f"codes of {w.bits} bits, expected 4 or 8"
+    if w.super_scale is not None or w.super_minimum is not None:
+        return "scales that superblocks share"
     if w.axis != -2 or transposed:
         return "blocks that are not along the summed axis (gradients and embeddings)"
     if not interpret and jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):

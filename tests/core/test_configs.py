@@ -88,6 +88,7 @@ def test_values_of_another_type_are_refused_by_name(values, said):
 
 def test_an_enumeration_is_its_value():
     made = dataclasses.make_dataclass("Made", [("color", Color)], frozen=True)
+    assert to_dict(made(Color.RED)) == {"color": "red"}
     assert from_dict(made, {"color": "red"}) == made(Color.RED)
     with pytest.raises(ConfigError, match="config.color is 'blue'"):
         from_dict(made, {"color": "blue"})

@@ -142,6 +142,12 @@ def test_the_error_of_the_main_process_reaches_all(together):
     assert all(isinstance(e, ProcessLostError) and "DataError: no such file" in str(e) for e in others)
 
 
+def test_a_value_that_cannot_be_sent_is_an_error_on_all(together):
+    first, *others = together(lambda: distributed.from_main(object))
+    assert isinstance(first, TypeError)
+    assert all(isinstance(e, ProcessLostError) and "not JSON serializable" in str(e) for e in others)
+
+
 def test_the_main_process_works_first(together):
     order = []
     together(lambda: distributed.main_first(lambda: order.append(jax.process_index())))

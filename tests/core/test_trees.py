@@ -48,6 +48,8 @@ def test_a_choice_of_too_few_layers_is_refused():
 def test_bytes_count_small_types_packed():
     tree = {"a": jax.ShapeDtypeStruct((3, 5), jnp.int4), "b": jax.ShapeDtypeStruct((2,), jnp.bfloat16)}
     assert trees.num_bytes(tree) == 8 + 4
+    narrow = {"a": jax.ShapeDtypeStruct((3, 5), jnp.float4_e2m1fn), "b": jax.ShapeDtypeStruct((3,), jnp.bool_)}
+    assert trees.num_bytes(narrow) == 8 + 3
 
 
 def test_named_keys_do_not_depend_on_the_order_of_calls():

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.precision import BFLOAT16, Precision
 from jaxlm.decoding import DecoderStepper
+from jaxlm.layers import Filled, KeyValues, Visible, attend
 from jaxlm.models import Decoder
 from jaxlm.testing import tiny_config, tiny_decoder
 from pallas_kernels.attention import flash_decode
@@ -59,6 +61,23 @@ def test_the_kernel_continues_as_the_reference_does(interpreted, family, count, 
     assert "decode_kernel" in text
     assert "decode_kernel" not in plain
     np.testing.assert_allclose(got, expected, atol=tolerance)
+
+
+def test_gradients_through_the_kernel_are_the_references(interpreted):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 2, heads, 32)), jnp.float32) for heads in (4, 2, 2))
+    cache = [jnp.asarray(rng.normal(size=(3, 2, 9, 32)), jnp.float32) for _ in range(2)]
+    ends = jnp.asarray(LENGTHS)
+    filled = Filled(jnp.broadcast_to(np.arange(9) < LENGTHS[:, None, None], (3, 2, 9)), ends)
+
+    def gradients(implementation):
+        def loss(q, k, v, cache):
+            sources = KeyValues(*cache, filled, heads_first=True), KeyValues(k, v, Visible())
+            return jnp.sum(jnp.sin(attend(q, sources, scale=0.3, implementation=implementation)))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(q, k, v, cache)
+
+    chex.assert_trees_all_close(gradients("tpu"), gradients("reference"), atol=1e-5)
 
 
 def step_for(config, batch, capacity, tokens=1):

@@ -7,6 +7,11 @@ import gguf
 import numpy as np
 
 from jaxlm.models import DecoderConfig, layer
+from jaxlm.testing import tiny_decoder
+
+FAMILIES = {"llama": "llama", "smollm2": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+FAMILIES |= {name: name for name in ("gemma", "gemma2", "gemma3")}
+"""GGUF's architecture for each of ours that it has."""
 
 TYPE_SIZES = {kind.name: sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
 # Where the float16 numbers of a block are.
@@ -131,3 +136,34 @@ def write(path: Path, arch: str, metadata: dict, tensors: dict[str, np.ndarray |
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def tiny_file(folder, family="llama", metadata=(), tensors=(), **changes):
+    """A file with a tiny model, its decoder and its parameters."""
+    if family == "gemma2":
+        changes.setdefault("attention_scale", None)
+    model, params = tiny_decoder(family, init_std=0.02, init_out_std=None, **changes)
+    arch = FAMILIES[family]
+    settings = {**metadata_of(arch, model.config), **dict(metadata)}
+    stored = {**tensors_of(arch, model.config, params), **dict(tensors)}
+    settings = {k: v for k, v in settings.items() if v is not None}
+    stored = {k: v for k, v in stored.items() if v is not None}
+    return write(folder / "model.gguf", arch, settings, stored), model, params
+
+
+def byte_alphabet():
+    """The printable characters that stand for bytes, as in GPT-2."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(b) for b in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
+
+
+BYTE_LEVEL = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "12", "123", "Ġa"],
+    "tokenizer.ggml.token_type": [3, 3, 3] + [1] * 259,
+    "tokenizer.ggml.merges": ["1 2", "12 3", "Ġ a"],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.chat_template": "{{ messages }}",
+}
+"""Metadata of a tokenizer that knows every byte and three merges."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -312,6 +314,21 @@ class TestBadSaves:
         monkeypatch.setattr(huggingface.tensor_files, "write_tensors", fail)
         model, params = tiny_decoder("qwen3")
         with pytest.raises(OSError, match="disk full"):
+            huggingface.save(llama, model.config, params)
+        assert files(llama) == before
+        assert [p.name for p in llama.parent.iterdir()] == ["llama"]
+
+    def test_a_failure_to_take_its_place_puts_back_what_was_there(self, llama, monkeypatch):
+        before, replace = files(llama), os.replace
+
+        def fail(source, target):
+            if Path(target) == llama and (Path(source) / "config.json").read_bytes() != before["config.json"]:
+                raise OSError("no such device")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", fail)
+        model, params = tiny_decoder("qwen3")
+        with pytest.raises(OSError, match="no such device"):
             huggingface.save(llama, model.config, params)
         assert files(llama) == before
         assert [p.name for p in llama.parent.iterdir()] == ["llama"]

@@ -139,6 +139,19 @@ def test_prefix_and_dense_masks():
     chex.assert_trees_all_close(by_prefix[1], causal[1], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("gemma2", {}), ("llama", {"logit_scale": 0.25}), ("gemma2", {"logit_scale": 3.0})],
+)
+def test_the_heads_projection_gives_its_logits(family, changes):
+    model, params = tiny_decoder(family, num_layers=1, **changes)
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 32)), jnp.float32)
+    found = model.head_projection(params, hidden)
+    logits = found.inputs @ (found.kernel.T if found.transposed else found.kernel)
+    logits = logits if found.softcap is None else found.softcap * jnp.tanh(logits / found.softcap)
+    chex.assert_trees_all_close(logits, model.head(params, hidden), atol=1e-5, rtol=1e-5)
+
+
 def test_rotation_depends_on_relative_positions_only():
     model, params = tiny_decoder("llama")
     ids = tokens(1, 8)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError
 from jaxlm.models import Decoder, EnsembleModel, ensemble_logits, stack_members
 from jaxlm.models.ensemble import COMBINE, add_member, member, num_members
@@ -76,6 +77,19 @@ def test_the_model_is_the_mean_of_its_members(family):
     assert float(found["nll"]) == pytest.approx(-float(jnp.sum(batch["loss_weights"] * picked)), rel=1e-4)
     assert num_members(stacked) == 3
     jax.tree.map(np.testing.assert_array_equal, member(stacked, 1), members[1])
+
+
+def test_members_may_lie_on_a_mesh():
+    model, members, batch = setting("llama")
+    objective, stacked = CausalLM(EnsembleModel(model), chunk_length=3), stack_members(members)
+    axes = jax.tree.map(lambda names: (None, *names), model.axes(), is_leaf=sharding.is_axes)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=2, tensor=4))
+    rules = model.config.sharding_rules(mesh)
+    expected = jax.jit(objective.sums)(stacked, batch)
+    with sharding.use_mesh(mesh, rules):
+        placed = jax.device_put(stacked, sharding.shardings(mesh, axes, stacked, rules))
+        found = jax.jit(lambda *args: objective.sums(*args))(placed, batch)  # traced anew
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
 def test_an_ensemble_is_a_teacher():

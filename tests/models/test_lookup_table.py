@@ -17,6 +17,13 @@ def test_known_rows_are_answered_and_others_are_not():
     assert not np.any(table.logits(params, jnp.asarray(ROWS[:3, ::-1])))
 
 
+def test_of_equal_rows_the_first_counts():
+    table = LookupTable(2)
+    rows, answers = ROWS[[4, 9, 4]], np.array([[1, 2], [3, 4], [5, 6]], np.float32)
+    params = table.memorize(rows, answers)
+    np.testing.assert_array_equal(table.logits(params, jnp.asarray(rows)), answers[[0, 1, 0]])
+
+
 def test_features_are_codes_of_whole_rows():
     table = LookupTable(7, num_features=400)
     codes = np.asarray(table.features(jnp.asarray(ROWS[:20])))

@@ -14,7 +14,7 @@ from jaxlm.models.config import DecoderConfig
 from jaxlm.models.flops import forward_flops_per_token
 from jaxlm.objectives import CausalLM
 from jaxlm.optim.config import OptimizerConfig
-from jaxlm.peft.lora import LoraConfig
+from jaxlm.peft.lora import LoraConfig, add_lora
 from jaxlm.planning import abstract_batch, adapter_step, decode_step, policy_step, shard_bytes, train_step
 from jaxlm.training import Program
 
@@ -39,12 +39,13 @@ def test_training_and_decoding(mesh):
     program = Program(MODEL, CausalLM(MODEL), OPTIMIZER.make(10, MODEL.axes()), mesh)
     step = train_step(program, abstract_batch(mesh, 8, 16))
     found = bytes_of(step)
-    assert found["optimizer state"] >= 2 * found["parameters"]
+    assert 2 * found["parameters"] <= found["optimizer state"] < 2.01 * found["parameters"]  # and counters
     assert found["batch"] == 5 * 8 * 16 * 4 / 4
     assert step.model_flops == 3 * 8 * 16 * forward_flops_per_token(CONFIG, 16)
 
     step = decode_step(program, batch_size=8, length=16)
-    assert bytes_of(step)["cache"] >= 2 * 2 * 8 * 32 * 16 * 2 / 4
+    keys_and_values = 2 * 2 * 8 * 32 * 16 * 2 / 4
+    assert keys_and_values <= bytes_of(step)["cache"] < 1.01 * keys_and_values  # and places
 
 
 def test_a_policy_step_has_a_reference_in_bfloat16_and_advantages(mesh):
@@ -75,10 +76,16 @@ def test_adapters_alone_are_trained_over_a_base_in_bfloat16_or_packed(mesh, pack
 
 @pytest.mark.parametrize(
     "config",
-    [QuantizeConfig(), QuantizeConfig(bits=4, group=16, symmetric=False), QuantizeConfig(group=32, embeddings=True)],
+    [
+        QuantizeConfig(),
+        QuantizeConfig(bits=4, group=16, symmetric=False),
+        QuantizeConfig(group=32, embeddings=True, skip=("*/query/kernel",)),
+    ],
 )
-def test_abstract_quantization_has_the_shapes_of_the_real_one(config):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_abstract_quantization_has_the_shapes_of_the_real_one(config, adapted):
     params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), MODEL.abstract_params())
+    params = add_lora(jax.random.key(0), params, LoraConfig(rank=2)) if adapted else params
     found, expected = abstract_quantize(params, config, MODEL.axes()), quantize(params, config, MODEL.axes())
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(found)] == [

@@ -59,3 +59,5 @@ def test_bad_settings_are_refused():
     low = weights.add_low_rank(jax.random.key(0), jnp.ones((4, 4)), 2)
     with pytest.raises(ConfigError, match="kernel is LowRank: only dense kernels can learn a step"):
         learn_steps({"kernel": low}, ["kernel"], 4)
+    with pytest.raises(ConfigError, match="no kernel 'kernal': did you mean 'kernel'"):
+        learn_steps({"kernel": jnp.ones((4, 4))}, ["kernal"], 4)

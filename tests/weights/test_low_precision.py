@@ -50,6 +50,8 @@ def test_weights_that_products_find_in_a_narrow_format_keep_their_gradient():
     w = under_policy({"w": jnp.full((4, 4), 1 / 3)}, ["w"], policy)["w"]
     gradient = jax.grad(lambda w: jnp.sum(weights.matmul(jnp.ones((2, 4)), w)))(w)
     np.testing.assert_array_equal(gradient.base, 2 * jnp.ones((4, 4)))
+    alone = under_policy({"w": w.base}, ["w"], PrecisionPolicy("narrow", weights="q3.13"))["w"]
+    np.testing.assert_array_equal(weights.matmul(jnp.ones((2, 4)), alone), jnp.full((2, 4), 4 * 2731 / 8192))
 
 
 def test_what_cannot_follow_is_refused_by_name():

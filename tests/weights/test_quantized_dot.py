@@ -229,6 +229,20 @@ def test_dot_general_with_batch_and_several_summed_axes():
     np.testing.assert_allclose(found, plain, atol=0.5)
 
 
+def test_batches_of_dot_general_are_rounded_apart():
+    policy = precision_policy("mxfp4_stochastic")
+    x, w, g = (jnp.stack([m, m]) for m in matrices().values())
+    dims = (((2,), (1,)), ((0,), (0,)))
+
+    @jax.jit
+    def gradient(w):
+        return jax.vjp(lambda w: quantized_dot_general(x, w, dims, policy=policy, key=KEY), w)[1](g)[0]
+
+    first, second = gradient(w)
+    assert np.any(first != second)
+    np.testing.assert_array_equal(gradient(w)[0], first)
+
+
 @pytest.mark.parametrize("name", ["fp8_current", "fp8_delayed", "int8_switchback", "mxfp8", "int8_block"])
 def test_scales_are_those_of_the_whole_array_on_a_mesh(name):
     policy, tensors = precision_policy(name), matrices(rows=64, inputs=64, outputs=64)
@@ -310,6 +324,12 @@ def test_native_products_that_there_are_not_are_refused_by_name():
         (lambda x: PrecisionPolicy(implementation="fast"), "implementation of a policy is 'fast'"),
         (lambda x: PrecisionPolicy(forward=Product(None, mx("e4m3"))), "says how both its operands"),
         (lambda x: PrecisionPolicy(wgrad=Product(Quantizer("e4m3", history=4))), "each is stored in one way"),
+        (lambda x: PrecisionPolicy(wgrad=Product(PLAIN, Quantizer("e5m2", history=4))), "each is stored in one way"),
+        (lambda x: PrecisionPolicy(dgrad=Product(None)), "is in no forward product"),
+        (
+            lambda x: PrecisionPolicy(forward=Product(hadamard=16), wgrad=Product(None, PLAIN)),
+            "backward ones store their own",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, message):

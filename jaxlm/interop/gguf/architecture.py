@@ -14,10 +14,10 @@ from jaxlm.core.errors import CheckpointError, ConfigError, nearest
 from jaxlm.interop.gguf.reader import File
 from jaxlm.layers.rotary import RopeScaling, frequencies
 from jaxlm.models import DecoderConfig
+from jaxlm.models.config import MOST_LAYERS
 
 _NEEDED = object()
 _MOST = 1 << 31
-_MOST_LAYERS = 1 << 12
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 
@@ -43,7 +43,7 @@ def config(file: File) -> DecoderConfig:
         raise ConfigError(f"{file.path}: architecture '{arch}' is not supported: {nearest(str(arch), ARCHITECTURES)}")
     keys = _Keys(file, arch)
     layers, embed, heads = (keys.integer(k) for k in ("block_count", "embedding_length", "attention.head_count"))
-    for name, size, most in (("layers", layers, _MOST_LAYERS), ("embed", embed, _MOST), ("heads", heads, _MOST)):
+    for name, size, most in (("layers", layers, MOST_LAYERS), ("embed", embed, _MOST), ("heads", heads, _MOST)):
         if not 1 <= size <= most:
             raise ConfigError(f"{file.path}: the number of {name} is {size}, expected 1 to {most}")
     kv_heads = keys.integer("attention.head_count_kv", heads)
@@ -119,7 +119,7 @@ def _gemma(keys: "_Keys", arch: str, layers: int, embed: int, heads: int, head_s
         found["window_pattern"] = tuple(bool(x) for x in keys.get("attention.sliding_window_pattern"))
     else:
         period = keys.integer("attention.sliding_window_pattern", 6)
-        found["window_pattern"] = (True,) * min(period - 1, _MOST_LAYERS) + (False,)
+        found["window_pattern"] = (True,) * min(period - 1, MOST_LAYERS) + (False,)
     if window is not None:
         found["rope_theta_local"] = keys.real("rope.freq_base_swa", 10_000.0)
     return found

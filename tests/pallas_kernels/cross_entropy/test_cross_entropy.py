@@ -157,6 +157,7 @@ SHARDS = {
     "rows": Shards(("data", "tensor")),
     "columns": Shards((), ("data", "tensor")),
     "both": Shards(("data", None), "tensor"),
+    "rows that do not divide": Shards(("tensor", "data")),
 }
 
 
