@@ -1,6 +1,7 @@
 """The runs of `experiments.optimization.implicit_bias_flatness`: sentences, models trained on them, their measures."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,6 +79,28 @@ class World:
         words = self.config.grammar.words
         return MaskedLM(model, words, words, rate=self.config.mask_rate, masked=1.0, random=0.0)
 
+    @functools.cached_property
+    def trace(self) -> Any:
+        """Trace of the Hessian, with its error, at parameters of the widest model: one program for all widths."""
+        import jax
+
+        from jaxlm.core.keys import fold
+        from jaxlm.scoring import hessian_trace, objective_loss
+
+        c = self.config
+        loss = objective_loss(self.objective(self.model(c.widths[-1])))
+
+        def draw(key: jax.Array) -> dict[str, jax.Array]:
+            rows = jax.random.randint(fold(key, "rows"), (c.trace_batch,), 0, self.train.count)
+            return {**self.train.take(rows), "key": fold(key, "mask")}
+
+        return jax.jit(lambda params: hessian_trace(loss, params, draw, jax.random.key(2210), draws=c.trace_draws))
+
+    @functools.cache  # noqa: B019 (a world lives as long as its run)
+    def measure(self, width: int) -> Any:
+        """`_measure` of a width, the same programs for all seeds."""
+        return _measure(self.config, self, width)
+
     def table_accuracy(self) -> dict[str, float]:
         """Accuracy of probes on the features of a lookup table."""
         from jaxlm.models.lookup_table import LookupTable
@@ -136,7 +159,7 @@ def train_and_measure(config: "Config", world: World, width: int, seed: int, out
         config.at,
         folder=out / "runs" / name,
     )
-    measure = _measure(config, world, width)
+    measure = world.measure(width)
     found = []
     for snapshot in snapshots:
         path = out / "measures" / f"{name}-{snapshot.step}.json"
@@ -154,20 +177,12 @@ def _measure(config: "Config", world: World, width: int) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from jaxlm.core.keys import fold
     from jaxlm.data.resident import ResidentRows
     from jaxlm.evals import fine_tune
     from jaxlm.models.decoder import make_norm
-    from jaxlm.scoring import hessian_trace, objective_loss
     from jaxlm.surgery import widen_by_tiling
 
-    model, widest = world.model(width), world.model(config.widths[-1])
-    factor = config.widths[-1] // width
-    loss = objective_loss(world.objective(widest))
-
-    def draw(key: jax.Array) -> dict[str, jax.Array]:
-        rows = jax.random.randint(fold(key, "rows"), (config.trace_batch,), 0, world.train.count)
-        return {**world.train.take(rows), "key": fold(key, "mask")}
+    model, factor = world.model(width), config.widths[-1] // width
 
     def features(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Final embeddings of all tokens, concatenated; zeros for padding."""
@@ -180,9 +195,7 @@ def _measure(config: "Config", world: World, width: int) -> Any:
         logp = world.objective(model).conditionals(params, world.judge.arrays)[..., : config.grammar.words]
         p, words = world.conditionals, jnp.sum(world.judge.arrays["segment_ids"])
         excess = jnp.sum(jnp.where(p > 0, p * (jnp.log(jnp.maximum(p, 1e-30)) - logp), 0.0)) / words
-        wide = widen_by_tiling(model.config, params, factor)[1]
-        trace = hessian_trace(loss, wide, draw, jax.random.key(2210), draws=config.trace_draws)
-        return excess, *trace, features(params, world.probes)
+        return excess, widen_by_tiling(model.config, params, factor)[1], features(params, world.probes)
 
     task = "phrase of 4"
     rows = {**world.probes, "targets": world.labels[task]}
@@ -192,7 +205,8 @@ def _measure(config: "Config", world: World, width: int) -> Any:
     )
 
     def measure(params: Any, fine_tuned: bool) -> dict[str, Any]:
-        excess, trace, error, frozen = numbers(params)
+        excess, wide, frozen = numbers(params)
+        trace, error = world.trace(wide)
         tuned = None
         if fine_tuned:
             classes = len(world.grammar.symbols)
