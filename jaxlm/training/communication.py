@@ -51,7 +51,8 @@ def accumulate_in_few_bits(
     of each device's own rows.
 
     Raises:
-      ConfigError: a mesh with other axes than `data`.
+      ConfigError: a mesh with other axes than `data`, or an objective that changes `extra`: each device would have its
+        own.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get(AXIS, 1) == 1:
@@ -131,7 +132,10 @@ class _Summed:
         return jax.lax.psum(self.objective.totals(params, batch, self._own(ctx)), AXIS)
 
     def loss(self, params: Any, batch: Batch, ctx: StepContext, totals: Any) -> tuple[Array, Aux]:
-        return self.objective.loss(params, batch, self._own(ctx), totals)
+        value, aux = self.objective.loss(params, batch, self._own(ctx), totals)
+        if aux.extra is not None:
+            raise ConfigError("gradients are sent in few bits, but the objective changes its extra by a device's rows")
+        return value, aux
 
     def meters(self, extra: Mapping[str, Any]) -> Any:
         return self.objective.meters(extra) if hasattr(self.objective, "meters") else None
