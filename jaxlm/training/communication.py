@@ -55,9 +55,10 @@ def accumulate_in_few_bits(
         own.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        require_data_parallel(mesh)
     if mesh.empty or mesh.shape.get(AXIS, 1) == 1:
         return accumulate(objective, build, state, frozen, batch, micro_batches=micro_batches)
-    require_data_parallel(mesh)
 
     def on_device(state: TrainState, frozen: Any, rows: Batch) -> Gradients:
         with sharding.one_device():

@@ -115,3 +115,6 @@ def test_sharded_weights_are_refused():
     policy = dataclasses.replace(PrecisionPolicy(), communication=Quantizer("int8", (1, 128)))
     with pytest.raises(ConfigError, match=r"over mesh.data alone, but the mesh has \{'fsdp': 4\}"):
         _ = program(policy, make_mesh(MeshConfig(data=2, fsdp=4))).recipe
+    state = init_state({}, adamw(1e-2, axes={}), jax.random.key(0))
+    with use_mesh(make_mesh(MeshConfig(data=1, fsdp=8))), pytest.raises(ConfigError, match=r"\{'fsdp': 8\}"):
+        accumulate_in_few_bits(None, None, state, None, batch(0), quantizer=policy.communication)
