@@ -29,7 +29,30 @@ from jaxlm.training import (
 )
 
 MODEL = Decoder(tiny_config("llama", num_layers=2))
-NEAR = {"bitnet": 0.75, "qat_w4a8": 0.35, "mxfp4": 0.5, "mxfp4_stochastic": 0.6, "nvfp4": 0.5}
+# Relative errors of gradients as measured on this model: a format with a bit less, or a policy that does nothing, has
+# another one.
+ERRORS = {
+    "float32": 0.0,
+    "float16": 0.00017,
+    "bfloat16": 0.0014,
+    "fixed16_weights": 0.0022,
+    "fixed16_weights_stochastic": 0.0022,
+    "bf16_weights": 0.003,
+    "bf16_weights_stochastic": 0.003,
+    "int8_switchback": 0.0045,
+    "int8_vector": 0.0052,
+    "int8_block": 0.0075,
+    "fp8_block": 0.021,
+    "mxfp8": 0.023,
+    "fp8_current": 0.027,
+    "fp8_delayed": 0.027,
+    "mxfp6": 0.03,
+    "qat_w4a8": 0.045,
+    "nvfp4": 0.086,
+    "mxfp4": 0.092,
+    "mxfp4_stochastic": 0.114,
+    "bitnet": 0.23,
+}
 
 
 def batch(seed=0, rows=8):
@@ -64,7 +87,7 @@ def plain():
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_gradients_are_near_float32s_and_steps_lower_the_loss(name, plain):
+def test_gradients_are_as_near_float32s_as_the_format_allows_and_steps_lower_the_loss(name, plain):
     found = recipe(name)
     state, step = start(found), compiled(found)
     # In one program, most of which both have in common.
@@ -73,7 +96,7 @@ def test_gradients_are_near_float32s_and_steps_lower_the_loss(name, plain):
     if found.policy.history:  # Before the first step it has seen nothing.
         flat, _, _ = both(dataclasses.replace(state, extra=state_after.extra))
     error = float(jnp.linalg.norm(flat - plain[0]) / jnp.linalg.norm(plain[0]))
-    assert error < NEAR.get(name, 0.15)
+    assert ERRORS[name] / 1.5 <= error <= ERRORS[name] * 1.5 + 1e-5  # float32 but for rounding
     assert float(metrics["skipped"][0]) == 0
     first = float(metrics["loss"][0] / metrics["loss"][1])
     state = state_after
