@@ -88,9 +88,9 @@ class Population:
       evaluate: `(trainable) -> {name: scalar}`, traceable; once a member is trained.
       how: `loop`, members one by one; `map`, one program with `lax.map`; `vmap`, all at once. `auto` is `loop` on CPU
         and `vmap` elsewhere. `loop` and `map` give the same bits, and `loop` keeps members as they are done.
-      devices: among which members are divided, by default the first alone; each gets whole members. Two devices or more
-        give the same bits however many they are; those of one device differ in rounding, as XLA compiles a program for
-        several otherwise.
+      devices: among which members are divided, by default the first alone; each gets whole members. Under `loop` and
+        `map` two devices or more give the same bits however many they are; those of one device differ in rounding, as
+        XLA compiles a program for several otherwise.
       tokens_per_step: in a batch, for accounts of tokens.
       view: what of a state is evaluated, tracked and returned as `params`, by default `state.trainable`; an optimizer
         that averages weights has others. Shapes stay.
