@@ -228,6 +228,7 @@ def load_params(folder: str | os.PathLike, abstract: PyTree, step: int | None = 
     """
     import orbax.checkpoint as ocp
 
+    logging.getLogger("absl").addFilter(_not_from_orbax)
     folder = Path(folder).absolute()
     found = _steps_in(folder)
     if not found or (step is not None and step not in found):
