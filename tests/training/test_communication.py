@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxlm.core.sharding import MeshConfig, make_mesh, use_mesh
 from jaxlm.models import Decoder
 from jaxlm.objectives import CausalLM
 from jaxlm.optim import adamw
+from jaxlm.planning import hlo
 from jaxlm.testing import tiny_config
 from jaxlm.training import Program, init_state, make_step
 from jaxlm.training.communication import accumulate_in_few_bits, all_reduce
@@ -85,6 +87,10 @@ def test_training_is_near_the_exact_one():
             state, metrics = p.step(state, None, p.put(batch(i)))
             seen.append([float(s / w) for s, w in (metrics["loss"], metrics["grad_norm"])])
         runs[name] = np.array(seen)
+    # One after the other: totals, each device's part of the gradients, sums with losses and metrics.
+    p = program(PrecisionConfig(communication="int8").policy())
+    text = p.step.lower(p.abstract_state, None, p.put(batch(0))).compile().as_text()
+    assert re.findall(rf" ({'|'.join(hlo.KINDS)})(?:-start)?\(", text) == ["all-reduce", "all-to-all", "all-gather"]
     assert runs["int8"][0, 0] == pytest.approx(runs["exact"][0, 0], rel=1e-5)  # totals are those of all devices
     np.testing.assert_allclose(runs["int8"], runs["exact"], rtol=0.02)
     assert not np.array_equal(runs["int8"], runs["exact"])
