@@ -3,6 +3,7 @@
 import ast
 import functools
 import hashlib
+import re
 import sys
 import sysconfig
 import warnings
@@ -112,7 +113,7 @@ def _documentation(file: Path) -> tuple[_Documented, ...]:
 
 def _part(source: str, documentation: tuple[_Documented, ...], part: str) -> str:
     if part == "code":
-        lines = source.splitlines(keepends=True)
+        lines = re.split(_LINE_END, source)
         for first, last in (d.lines for d in documentation if d.lines):
             lines[first - 1 : last] = [""] * (last - first + 1)
         return "".join(lines)
@@ -126,3 +127,5 @@ def _part(source: str, documentation: tuple[_Documented, ...], part: str) -> str
 
 
 _PARAGRAPH = "\n\n"
+_LINE_END = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
+"""As Python counts lines: `str.splitlines` also ends them at form feeds, which sources have."""

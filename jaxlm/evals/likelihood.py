@@ -45,7 +45,7 @@ def make_sums(objective: CausalLM, byte_lengths: Int[Array, "vocab"]) -> SumFunc
     """`(params, batch) -> sums` of `nll`, `correct`, `tokens` and `bytes`, to be compiled once and added over batches.
 
     `byte_lengths`: bytes that each token id stands for (0 for control tokens), as
-    `jaxlm.data.pipeline.token_byte_lengths` gives.
+    `jaxlm.data.tokenizers.token_byte_lengths` gives.
     """
     table = np.asarray(byte_lengths, np.int32)
 
@@ -140,8 +140,7 @@ def resident_matches(model: Any, rows: ResidentRows, batch_size: int) -> Callabl
     greedy decoding answers exactly: it goes wrong at the first target that is not the most likely one, and not before.
     NaN for a row without a counted target. The mean over a kind's rows is its exact match.
     """
-    batches = -(-rows.count // batch_size)
-    order = (np.arange(batches * batch_size) % rows.count).reshape(batches, batch_size)
+    order, _ = resident_batches(rows, batch_size).places
 
     def matches(params: Any) -> Float[Array, "rows"]:
         def judge(chosen: Array) -> Array:

@@ -75,13 +75,10 @@ class CausalLM:
 
     def sums(self, params: Any, batch: Batch) -> dict[str, Float[Array, ""]]:
         """Weighted sums over a batch: `loss` (with z-loss), `nll`, `correct`."""
-        inputs, positions = batch["inputs"], batch.get("positions")
-        hidden = self.model.embed(params, inputs, positions)
-        hidden = self.model.trunk(params, hidden, positions=positions, segment_ids=batch.get("segment_ids")).hidden
         return token_loss_sums(
             self.model.head,
             self.model.head_params(params),
-            hidden,
+            hidden_states(self.model, params, batch),
             batch["targets"],
             batch["loss_weights"],
             vocab_size=self.model.config.vocab_size,
@@ -91,6 +88,13 @@ class CausalLM:
             gather=self.model.gather_head,
             projection=getattr(self.model, "head_projection", None),
         )
+
+
+def hidden_states(model: Any, params: Any, batch: Batch) -> Float[Array, "batch length embed"]:
+    """What the model's head is given for `inputs`, with `positions` and `segment_ids` where a batch has them."""
+    positions = batch.get("positions")
+    hidden = model.embed(params, batch["inputs"], positions)
+    return model.trunk(params, hidden, positions=positions, segment_ids=batch.get("segment_ids")).hidden
 
 
 def token_loss_sums(

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.sharding import constrain
 from jaxlm.objectives.base import Aux, Batch, StepContext
-from jaxlm.objectives.causal_lm import cut_chunks, default_chunk
+from jaxlm.objectives.causal_lm import cut_chunks, default_chunk, hidden_states
 from jaxlm.objectives.preference import Reference, frozen_reference
 from jaxlm.objectives.token_log_probs import check_positive
 
@@ -55,7 +55,8 @@ class Distillation:
             raise ConfigError("distillation needs a teacher: its parameters in the step's frozen argument")
         teacher_params = jax.lax.stop_gradient(teacher_params)
         teacher = self.teacher_model or self.model
-        hidden, teacher_hidden = _hidden(self.model, params, batch), _hidden(teacher, teacher_params, batch)
+        hidden = hidden_states(self.model, params, batch)
+        teacher_hidden = hidden_states(teacher, teacher_params, batch)
         nll, kl = self._sums(params, hidden, teacher, teacher_params, jax.lax.stop_gradient(teacher_hidden), batch)
         mixed = self.weight * self.temperature**2 * kl + (1 - self.weight) * nll
         tokens = jnp.sum(batch["loss_weights"])
@@ -81,12 +82,6 @@ class Distillation:
 
         zero = jnp.zeros((), jnp.float32)
         return jax.lax.scan(body, (zero, zero), tuple(cut_chunks(x, size) for x in columns))[0]
-
-
-def _hidden(model: Any, params: Any, batch: Batch) -> Array:
-    positions = batch.get("positions")
-    hidden = model.embed(params, batch["inputs"], positions)
-    return model.trunk(params, hidden, positions=positions, segment_ids=batch.get("segment_ids")).hidden
 
 
 def _chunk(head, teacher_head, temperature, heads, hidden, teacher_hidden, targets, weights) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.keys import fold
 from jaxlm.objectives.base import Aux, Batch, StepContext
-from jaxlm.objectives.causal_lm import token_loss_sums
+from jaxlm.objectives.causal_lm import hidden_states, token_loss_sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class MaskedLM:
     """Mean negative log-likelihood of hidden tokens. Batches need `inputs`, and `segment_ids` where rows are padded.
 
     Every token below `num_words` of a segment above 0 is chosen with probability `rate`; a chosen one becomes `mask_id`
-    (share `masked`), another of the `num_words` (share `random`) or stays, and is predicted in each case. The defaults
+    (share `masked`), any of the `num_words` (share `random`) or stays, and is predicted in each case. The defaults
     are BERT's. With `masked=1` the best predictions are the data's own conditional probabilities.
 
     `model` is a decoder with `causal=False`. Raises `ConfigError` for one that is causal and shares out of range.
@@ -55,7 +55,7 @@ class MaskedLM:
         sums = token_loss_sums(
             self.model.head,
             self.model.head_params(params),
-            self._hidden(params, inputs, batch),
+            hidden_states(self.model, params, {**batch, "inputs": inputs}),
             batch["inputs"],
             weights,
             vocab_size=self.model.config.vocab_size,
@@ -83,7 +83,7 @@ class MaskedLM:
 
         def place(i: Array) -> Float[Array, "batch vocab"]:
             inputs = jnp.where((jnp.arange(length) == i)[None, :], self.mask_id, batch["inputs"])
-            hidden = jnp.take(self._hidden(params, inputs, batch), i[None], axis=1)
+            hidden = jnp.take(hidden_states(self.model, params, {**batch, "inputs": inputs}), i[None], axis=1)
             return jax.nn.log_softmax(self.model.head(params, hidden)[:, 0])
 
         return jnp.swapaxes(jax.lax.map(place, jnp.arange(length)), 0, 1)
@@ -92,8 +92,3 @@ class MaskedLM:
         ordinary = batch["inputs"] < self.num_words
         segments = batch.get("segment_ids")
         return ordinary if segments is None else ordinary & (segments > 0)
-
-    def _hidden(self, params: Any, inputs: Array, batch: Batch) -> Float[Array, "batch length embed"]:
-        positions = batch.get("positions")
-        embedded = self.model.embed(params, inputs, positions)
-        return self.model.trunk(params, embedded, positions=positions, segment_ids=batch.get("segment_ids")).hidden

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.core.errors import ConfigError, DataError
 from jaxlm.core.sharding import constrain
 from jaxlm.objectives.base import Batch
-from jaxlm.objectives.causal_lm import Head, cut_chunks, default_chunk, join_chunks
+from jaxlm.objectives.causal_lm import Head, cut_chunks, default_chunk, hidden_states, join_chunks
 
 
 def token_log_probs(
@@ -55,17 +55,13 @@ def model_log_probs(
     data set with the reference's parameters to store `reference_log_probs` beside the batches' other arrays.
     """
     rows = batch["inputs"].shape[:-1]
-    inputs, targets, positions, segment_ids = (
-        batch[name].reshape(-1, batch[name].shape[-1]) if name in batch else None
-        for name in ("inputs", "targets", "positions", "segment_ids")
-    )
-    hidden = model.embed(params, inputs, positions)
-    hidden = model.trunk(params, hidden, positions=positions, segment_ids=segment_ids).hidden
+    names = [name for name in ("inputs", "targets", "positions", "segment_ids") if name in batch]
+    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in names}
     found = token_log_probs(
         model.head,
         model.gather_head(model.head_params(params)),
-        hidden,
-        targets,
+        hidden_states(model, params, flat),
+        flat["targets"],
         vocab_size=model.config.vocab_size,
         temperature=temperature,
         chunk_length=chunk_length,

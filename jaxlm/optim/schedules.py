@@ -59,7 +59,7 @@ def warmup_stable_decay(
     if shape not in DECAY_SHAPES:
         raise ConfigError(f"decay shape '{shape}' is unknown: {nearest(str(shape), DECAY_SHAPES)}")
     _check("warmup_stable_decay", peak, total_steps, warmup_steps, end_fraction)
-    known = all(map(_is_known, (total_steps, warmup_steps, decay_steps)))
+    known = all(map(is_known, (total_steps, warmup_steps, decay_steps)))
     if known and (decay_steps < 0 or warmup_steps + decay_steps > total_steps):
         raise ConfigError(
             f"warmup_stable_decay: decay_steps is {decay_steps}, expected 0 <= decay_steps <= total_steps - "
@@ -106,7 +106,7 @@ def rewarm(
       ConfigError: the warm-up is longer than the run, or a value is out of its range.
     """
     _check("rewarm", peak, total_steps, warmup_steps, end_fraction)
-    if _is_known(start) and not (math.isfinite(start) and start >= 0):
+    if is_known(start) and not (math.isfinite(start) and start >= 0):
         raise ConfigError(f"rewarm: start is {start}, expected a finite number >= 0")
 
     def schedule(step: Step) -> Float[Array, ""]:
@@ -165,18 +165,18 @@ def _decay(shape: DecayShape, x: Float[Array, ""], end: float) -> Float[Array, "
 
 
 def _check(name: str, peak: float, total_steps: int, warmup_steps: int, end_fraction: float) -> None:
-    if _is_known(peak) and not (math.isfinite(peak) and peak >= 0):
+    if is_known(peak) and not (math.isfinite(peak) and peak >= 0):
         raise ConfigError(f"{name}: peak is {peak}, expected a finite number >= 0")
-    if _is_known(total_steps) and total_steps < 1:
+    if is_known(total_steps) and total_steps < 1:
         raise ConfigError(f"{name}: total_steps is {total_steps}, expected >= 1")
-    if _is_known(warmup_steps) and _is_known(total_steps) and not 0 <= warmup_steps <= total_steps:
+    if is_known(warmup_steps) and is_known(total_steps) and not 0 <= warmup_steps <= total_steps:
         raise ConfigError(
             f"{name}: warmup_steps is {warmup_steps}, expected 0 <= warmup_steps <= total_steps = {total_steps}"
         )
-    if _is_known(end_fraction) and not 0 <= end_fraction <= 1:
+    if is_known(end_fraction) and not 0 <= end_fraction <= 1:
         raise ConfigError(f"{name}: end_fraction is {end_fraction}, expected 0 <= end_fraction <= 1")
 
 
-def _is_known(value: float) -> bool:
+def is_known(value: float) -> bool:
     """Whether a number can be looked at now."""
     return not isinstance(value, jax.core.Tracer)

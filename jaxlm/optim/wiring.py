@@ -18,6 +18,7 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.core.trees import named_leaves
 from jaxlm.optim import roles
 from jaxlm.optim.learning_rate import FromHparams, LearningRate, scale_by_learning_rate, value_of
+from jaxlm.optim.schedules import is_known
 
 DECAYED_ROLES = ("matrix", "embed", "tied", "head", "router", "conv")
 """Weight decay by default: tables and kernels; not norm scales and biases, implicit filters and codebooks."""
@@ -144,11 +145,6 @@ def require_step(method: str, step: Any) -> Array:
     if step is None:
         raise ConfigError(f"{method} follows the step: call update(..., step=...)")
     return jnp.asarray(step)
-
-
-def is_known(value: Any) -> bool:
-    """Whether a setting can be looked at now."""
-    return not isinstance(value, jax.core.Tracer)
 
 
 def check_fraction(name: str, value: Any) -> None:

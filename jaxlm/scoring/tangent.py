@@ -67,14 +67,17 @@ def representation_alignment(a: Float[Array, "items units"], b: Float[Array, "it
 def weight_change(
     before: Any, after: Any, chosen: Callable[[str], bool] | None = None
 ) -> dict[str, Float[Array, "..."]]:
-    """`|after - before|_F` by path, for each leaf with two axes or more an array of its leading axes."""
+    """`|after - before|_F` by path in float32: an array of its leading axes for each leaf with two axes or more, else a
+    number."""
     old, new = trees.pick(before, chosen)[0], trees.pick(after, chosen)[0]
     if old.keys() != new.keys():
         raise ConfigError(f"parameters differ: {', '.join(sorted(old.keys() ^ new.keys()))}")
-    return {
-        path: jnp.sqrt(jnp.sum(jnp.square(new[path] - leaf), axis=(-2, -1) if leaf.ndim > 1 else None))
-        for path, leaf in old.items()
-    }
+
+    def norm(x: Array, y: Array) -> Float[Array, "..."]:
+        change = x.astype(jnp.float32) - y.astype(jnp.float32)
+        return jnp.sqrt(jnp.sum(jnp.square(change), axis=(-2, -1) if change.ndim > 1 else None))
+
+    return {path: norm(new[path], leaf) for path, leaf in old.items()}
 
 
 def sign_similarity(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:

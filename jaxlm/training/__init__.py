@@ -1,4 +1,4 @@
-"""Training: state, step, loop, checkpoints."""
+"""Training: state, step, loop, checkpoints; runs in folders, phases, populations of small runs and sweeps of them."""
 
 from jaxlm.training.callbacks import Evaluate, Log, Profile, Save
 from jaxlm.training.checkpoints import Checkpoints, Restored, load_meta, load_params

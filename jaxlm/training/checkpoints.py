@@ -205,9 +205,9 @@ class Checkpoints:
 def load_meta(folder: str | os.PathLike, step: int | None = None) -> tuple[int, dict[str, Any]]:
     """Step and `meta` of the newest (or given) checkpoint in `folder` whose `meta` is good, without reading arrays."""
     folder = Path(folder)
-    found = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    found = _steps_in(folder)
     if not found or (step is not None and step not in found):
-        raise CheckpointError(f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}: found {found}")
+        raise _no_checkpoint(folder, step, found)
     problems = []
     for candidate in found[::-1] if step is None else [step]:
         try:
@@ -228,21 +228,21 @@ def load_params(folder: str | os.PathLike, abstract: PyTree, step: int | None = 
     """
     import orbax.checkpoint as ocp
 
-    checkpoints = Checkpoints(folder)
-    candidates = checkpoints.steps()[::-1] if step is None else [step]
-    if not candidates:
-        raise CheckpointError(f"no checkpoint in {folder}")
+    logging.getLogger("absl").addFilter(_not_from_orbax)
+    folder = Path(folder).absolute()
+    found = _steps_in(folder)
+    if not found or (step is not None and step not in found):
+        raise _no_checkpoint(folder, step, found)
     problems = []
-    for candidate in candidates:
+    for candidate in found[::-1] if step is None else [step]:
         try:
-            checkpoints._verify(candidate)
+            _check_sums(folder, candidate)
             handler = ocp.PyTreeCheckpointHandler()
             item = {"trainable": abstract}
             restore_args = ocp.checkpoint_utils.construct_restore_args(item)
             args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
             with ocp.Checkpointer(handler) as reader:
-                restored = reader.restore(Path(folder).absolute() / str(candidate) / "state", args=args)
-            checkpoints.close()
+                restored = reader.restore(folder / str(candidate) / "state", args=args)
             return candidate, restored["trainable"]
         except Exception as error:
             problems.append(f"step {candidate}: {_first_line(error)}")
@@ -250,6 +250,15 @@ def load_params(folder: str | os.PathLike, abstract: PyTree, step: int | None = 
                 f"checkpoint of step {candidate} in {folder} cannot be used: {_first_line(error)}", stacklevel=2
             )
     raise CheckpointError(f"no usable checkpoint in {folder}: {'; '.join(problems)}")
+
+
+def _steps_in(folder: Path) -> list[int]:
+    """The steps of which there is a checkpoint, ascending; the folder is not made."""
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+
+
+def _no_checkpoint(folder: Path, step: int | None, found: list[int]) -> CheckpointError:
+    return CheckpointError(f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}: found {found}")
 
 
 def _check_sums(folder: Path, step: int, below: str = "") -> None:

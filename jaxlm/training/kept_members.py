@@ -97,16 +97,19 @@ class Folder:
 
     def save_states(
         self,
-        members: Sequence[Any],
+        members: Sequence[tuple[int, Any]],
         done: int,
         states: TrainState,
         history: Mapping[str, Any],
         tracked: Mapping[str, Any],
     ) -> None:
-        """Keeps the states of members after `done` steps; all arrays but the step have a leading axis of members."""
+        """Keeps the states of members, each given with its place, after `done` steps; all arrays but the step have a
+        leading axis of places."""
+        if not members:
+            return
         arrays, step = _numbered(states), int(states.step)
         arrays |= {f"history/{n}": x for n, x in history.items()} | {f"tracked/{n}": x for n, x in tracked.items()}
-        for i, member in enumerate(members):
+        for i, member in members:
             about = json.dumps({**self._about(member), "done": done, "step": step}).encode()
             mine = {name: x[i] for name, x in arrays.items()}
             _write_arrays(self._state_file(member), {**mine, "about": np.frombuffer(about, np.uint8)})
@@ -126,10 +129,13 @@ class Folder:
         states = _as_state(states, self.abstract, step)
         return states, _stacked(histories), _stacked(tracked), done
 
-    def forget_states(self, members: Sequence[Any]) -> None:
-        """Removes the states of members that are finished."""
-        for member in members:
-            self._state_file(member).unlink(missing_ok=True)
+    def has_state(self, member: Any) -> bool:
+        """Whether a state of a member under way is kept."""
+        return self._state_file(member).exists()
+
+    def forget_state(self, member: Any) -> None:
+        """Removes the state of a member that is finished."""
+        self._state_file(member).unlink(missing_ok=True)
 
     def _under_way(self, path: Path, member: Any) -> tuple[list[np.ndarray], dict, dict, int, int]:
         try:

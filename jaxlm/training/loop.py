@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxlm.core.distributed import SharedStop
-from jaxlm.core.errors import NonFiniteError
+from jaxlm.core.errors import ConfigError, NonFiniteError, nearest
 from jaxlm.training.state import TrainState
 from jaxlm.training.step import Metrics, Step
 
@@ -63,7 +63,11 @@ def fit(
     after `max_skipped` in a row. The callbacks get the metrics of such steps first. At SIGTERM or SIGINT the callbacks
     in `on_interrupt` get the state after the running step (of several processes, all stop after the same one, soon),
     then `Interrupted` is raised; a second signal acts at once.
+
+    Raises `ConfigError` for another `non_finite`.
     """
+    if non_finite not in NON_FINITE:
+        raise ConfigError(f"non_finite is '{non_finite}': {nearest(non_finite, NON_FINITE)}")
     number = int(jax.device_get(state.step))
     skipped = 0
     pending: tuple[int, Metrics, float] | None = None

@@ -88,7 +88,9 @@ class Population:
       evaluate: `(trainable) -> {name: scalar}`, traceable; once a member is trained.
       how: `loop`, members one by one; `map`, one program with `lax.map`; `vmap`, all at once. `auto` is `loop` on CPU
         and `vmap` elsewhere. `loop` and `map` give the same bits, and `loop` keeps members as they are done.
-      devices: among which members are divided, by default the first alone; each gets whole members.
+      devices: among which members are divided, by default the first alone; each gets whole members. Under `loop` and
+        `map` two devices or more give the same bits however many they are; those of one device differ in rounding, as
+        XLA compiles a program for several otherwise.
       tokens_per_step: in a batch, for accounts of tokens.
       view: what of a state is evaluated, tracked and returned as `params`, by default `state.trainable`; an optimizer
         that averages weights has others. Shapes stay.
@@ -160,7 +162,10 @@ class Population:
                 if (facts := kept.load(m, keep_params, keep_state)) is not None:
                     found[m.name] = Outcome(m, **facts)
         waiting = [m for m in members if found[m.name] is None]
-        for group in self._groups(waiting):
+        # Those under way are a group again, whoever of it is done, or their states would be of no use.
+        begun = [m for m in waiting if kept is not None and kept.has_state(m)]
+        fresh = [m for m in waiting if m not in begun]
+        for group in [*self._groups(begun), *self._groups(fresh)]:
             for outcome in self._train_group(group, frozen, start, kept, keep_params, keep_state, every, stop):
                 if report is not None:
                     report(outcome)
@@ -254,10 +259,10 @@ class Population:
                 )
                 if kept is not None:
                     kept.save(outcome)
-            if kept is not None and len(outcomes) < len(group):
-                kept.save_states(group, done, states, history, tracked)
-        if kept is not None:
-            kept.forget_states(group)
+                    kept.forget_state(group[i])
+            if kept is not None:
+                going_on = [(i, m) for i, m in enumerate(group) if m.name not in outcomes]
+                kept.save_states(going_on, done, states, history, tracked)
         return [outcomes[m.name] for m in group]
 
     def _measure(self, states: TrainState) -> dict[str, np.ndarray]:

@@ -36,18 +36,22 @@ def gradient_variance(
         grads = jax.grad(lambda p: objective.loss(p, batch, ctx, totals)[0])(params)
         return {path: g.astype(jnp.float32) for path, g in trees.named_leaves(grads) if g.ndim >= 2}
 
-    def square(g: Array) -> Array:
-        return jnp.sum(g * g, axis=(-2, -1))
+    # Welford's recursion: squares minus the square of the mean would be rounding where gradients hardly differ.
+    def add(carry: tuple, batch: Mapping[str, Array]) -> tuple[tuple, None]:
+        means, squares, seen = carry
+        grads, seen = gradient(batch), seen + 1
+        new = {path: means[path] + (g - means[path]) / seen for path, g in grads.items()}
+        squares = {
+            path: squares[path] + jnp.sum((g - means[path]) * (g - new[path]), axis=(-2, -1))
+            for path, g in grads.items()
+        }
+        return (new, squares, seen), None
 
-    def add(sums: tuple, batch: Mapping[str, Array]) -> tuple[tuple, None]:
-        grads = gradient(batch)
-        return jax.tree.map(jnp.add, sums, (grads, jax.tree.map(square, grads))), None
-
-    first = {name: x[0] for name, x in batches.items()}
-    shapes = jax.eval_shape(gradient, first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes, jax.eval_shape(_squares(square), shapes)))
-    (total, squares), _ = jax.lax.scan(add, zeros, dict(batches))
-    return {path: (squares[path] - square(total[path]) / count) / (count - 1) for path in squares}
+    shapes = jax.eval_shape(gradient, {name: x[0] for name, x in batches.items()})
+    means = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes.items()}
+    squares = {path: jnp.zeros(s.shape[:-2], s.dtype) for path, s in shapes.items()}
+    (_, squares, _), _ = jax.lax.scan(add, (means, squares, jnp.zeros((), jnp.float32)), dict(batches))
+    return {path: x / (count - 1) for path, x in squares.items()}
 
 
 def trajectory_curvature(
@@ -83,7 +87,3 @@ def trajectory_curvature(
         "second_derivative": second,
         "curvature": jnp.abs(second) / (1 + slope**2) ** 1.5,
     }
-
-
-def _squares(square: Any) -> Any:
-    return lambda tree: jax.tree.map(square, tree)

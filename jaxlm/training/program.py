@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxlm.core import sharding, trees
 from jaxlm.core.errors import ConfigError
@@ -110,6 +111,23 @@ class Program:
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch, on the mesh."""
         return sharding.shard_batch(self.mesh, batch)
+
+    def meet(self) -> None:
+        """Lets the processes of a mesh of CPUs connect: each group of them that a step may have, one after the other.
+
+        Left to the step, whose collectives begin in any order, they can wait for one another in a circle until all give
+        up: a process connects to one group at a time.
+        """
+        if jax.process_count() == 1 or self.mesh.devices.flat[0].platform != "cpu":
+            return
+        axes = [name for name, size in self.mesh.shape.items() if size > 1]
+        for count in range(1, len(axes) + 1):
+            for chosen in itertools.combinations(axes, count):
+                total = lambda chosen=chosen: jax.lax.psum(jax.lax.axis_index(chosen), chosen)  # noqa: E731
+                whole = PartitionSpec()
+                jax.block_until_ready(
+                    jax.jit(jax.shard_map(total, mesh=self.mesh, in_specs=(), out_specs=whole, check_vma=False))()
+                )
 
     def check_batch(self, batch_size: int) -> None:
         """Raises `ConfigError` unless a batch of so many rows can be cut over the mesh and into micro-batches."""

@@ -78,6 +78,8 @@ def train_in_folder(
       ProcessLostError: another process of the run has ended; the same command resumes.
       CheckpointError: there are checkpoints, but none can be used; or the last one could not be saved.
     """
+    with lost_processes("connecting"):
+        program.meet()
     checkpoints = Checkpoints(out / "checkpoints", keep=keep_checkpoints)
     if is_main_process():
         checkpoints.tidy()

@@ -49,13 +49,13 @@ def train_snapshots(
         raise ConfigError(f"snapshots at {tuple(at)}, expected steps that ascend from above 0")
     data_key = fold(state.key, "data")
 
-    def body(state: TrainState, _: None) -> tuple[TrainState, Array]:
-        state, metrics = step(state, frozen, sample(data_key, state.step))
-        total, weight = metrics["loss"]
-        return state, total / jnp.where(weight == 0, 1.0, weight)
+    @jax.jit(static_argnums=2)
+    def run(state: TrainState, frozen: Any, count: int) -> tuple[TrainState, Array]:
+        def body(state: TrainState, _: None) -> tuple[TrainState, Array]:
+            state, metrics = step(state, frozen, sample(data_key, state.step))
+            total, weight = metrics["loss"]
+            return state, total / jnp.where(weight == 0, 1.0, weight)
 
-    @jax.jit(static_argnums=1)
-    def run(state: TrainState, count: int) -> tuple[TrainState, Array]:
         return jax.lax.scan(body, state, length=count)
 
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -68,7 +68,7 @@ def train_snapshots(
                 restored = checkpoints.restore(abstract, target)
                 state, losses = restored.state, np.array(restored.meta["losses"], np.float32)
             else:
-                state, losses = jax.block_until_ready(run(state, target - before))
+                state, losses = jax.block_until_ready(run(state, frozen, target - before))
                 losses = np.asarray(losses)
                 checkpoints.save(target, state, {"losses": losses.astype(float).tolist()})
             found.append(Snapshot(target, state.trainable, losses))

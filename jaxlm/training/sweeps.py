@@ -126,8 +126,14 @@ class Results:
         return found
 
     def difference(self, point: Point, other: Point) -> tuple[float, float]:
-        """Mean of `point`'s metric minus `other`'s, seed by seed, and the standard error of that mean."""
+        """Mean of `point`'s metric minus `other`'s, seed by seed, and the standard error of that mean.
+
+        Where runs of one point alone diverged, the difference is infinite; where runs of both did, NaN.
+        """
         ours, theirs = (self.trial(p).values(self.metric) for p in (point, other))
+        means = _mean(ours), _mean(theirs)
+        if math.inf in means:
+            return means[0] - means[1], math.nan
         paired = [a - b for a, b in zip(ours, theirs)]
         return _mean(paired), _deviation(paired) / math.sqrt(len(paired))
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from jaxlm.core.errors import DataError
 
-_LINE = re.compile(r"\s*(\d+)\s*\.\s*(\w+)\s*\((.*)\)\s*")
+_DIGITS = 9  # Models write any number, and Python converts none of thousands of digits.
+_LINE = re.compile(rf"\s*(\d{{1,{_DIGITS}}})\s*\.\s*(\w+)\s*\((.*)\)\s*")
 _RESULT = re.compile(r"\$\s*(\d+)")
 _ARGUMENT = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,"']*)\s*(?:,|$)""")
 
@@ -113,6 +114,7 @@ def _argument(text: str, places: dict[int, int], line: int) -> str | int:
     result = _RESULT.fullmatch(text)
     if not result:
         return text[1:-1] if len(text) > 1 and text[0] in "\"'" else text
-    if int(result[1]) not in places:
-        raise DataError(f"line {line} of the plan takes ${result[1]}, the result of no call before it")
-    return places[int(result[1])]
+    name = int(result[1]) if len(result[1]) <= _DIGITS else None
+    if name not in places:
+        raise DataError(f"line {line} of the plan takes ${result[1][:80]}, the result of no call before it")
+    return places[name]

@@ -28,6 +28,14 @@ def short(): "Inline."; return 1
 '''
 
 
+def test_lines_are_those_that_python_counts(tmp_path, monkeypatch):
+    """A form feed between functions, and an old line end."""
+    monkeypatch.setattr(corpora, "standard_library_files", lambda include_tests=False: [(tmp_path / "a.py", "a.py")])
+    (tmp_path / "a.py").write_bytes('x = 1\n\x0c\ny = "\x85"\r\nclass A:\r    """Text."""\r    z = 3\n'.encode())
+    (document,) = corpora.standard_library(part="code")
+    assert document.text == 'x = 1\n\x0c\ny = "\x85"\r\nclass A:\r    z = 3\n'
+
+
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text(SOURCE)

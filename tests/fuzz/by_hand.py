@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 
 from jaxlm.core.errors import JaxlmError
 from tests.fuzz.run import fuzz
-from tests.fuzz.targets import TARGETS, home
+from tests.fuzz.target import home
+from tests.fuzz.targets import TARGETS
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ import sys
 from hypothesis import HealthCheck, given, settings
 
 from jaxlm.core.errors import JaxlmError
-from tests.fuzz.targets import TARGETS, home
+from tests.fuzz.target import home
+from tests.fuzz.targets import TARGETS
 
 EXTRA_MEMORY = 1 << 31
 """Address space that reading damaged files may take beyond what the process has to begin with."""

@@ -81,6 +81,9 @@ def test_weight_change_and_signs():
     np.testing.assert_allclose(found["a"], np.sqrt(12) * np.array([1, 2]), rtol=1e-6)
     assert found["b"] == pytest.approx(np.sqrt(5))
     assert list(weight_change(before, after, lambda path: path == "a")) == ["a"]
+    narrow = {"w": jnp.ones((7, 9), jnp.bfloat16)}
+    change = weight_change(narrow, {"w": jnp.zeros((7, 9), jnp.bfloat16)})["w"]
+    assert change == pytest.approx(np.sqrt(63), rel=1e-6)  # bfloat16 has three digits
     assert sign_similarity(jnp.array([0.0, 2.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 0.0, 3.0])) == 0.5
 
 

@@ -256,6 +256,11 @@ def test_parameters_alone_can_be_loaded(saved):
     assert load_meta(saved.folder) == (3, {"data": {"next_step": 3}, "name": "a run"})
     with pytest.raises(CheckpointError, match=r"of step 9.*found \[2, 3\]"):
         load_meta(saved.folder, 9)
+    with pytest.raises(CheckpointError, match=r"of step 9.*found \[2, 3\]"):
+        load_params(saved.folder, params, 9)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*elsewhere: found \[\]"):
+        load_params(saved.folder / "elsewhere", params)
+    assert not (saved.folder / "elsewhere").exists()  # looking leaves nothing
 
 
 def test_check_sums_cover_every_file(saved):

@@ -1,6 +1,8 @@
 """Gradients added up in few bits over eight devices."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,14 @@ from jax.sharding import PartitionSpec
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.policies import PrecisionConfig, PrecisionPolicy
 from jaxlm.core.scaled import Quantizer
-from jaxlm.core.sharding import MeshConfig, make_mesh
+from jaxlm.core.sharding import MeshConfig, make_mesh, use_mesh
 from jaxlm.models import Decoder
 from jaxlm.objectives import CausalLM
 from jaxlm.optim import adamw
+from jaxlm.planning import hlo
 from jaxlm.testing import tiny_config
-from jaxlm.training import Program
-from jaxlm.training.communication import all_reduce
+from jaxlm.training import Program, init_state, make_step
+from jaxlm.training.communication import accumulate_in_few_bits, all_reduce
 
 MODEL = Decoder(tiny_config("llama", num_layers=1))
 
@@ -84,12 +87,40 @@ def test_training_is_near_the_exact_one():
             state, metrics = p.step(state, None, p.put(batch(i)))
             seen.append([float(s / w) for s, w in (metrics["loss"], metrics["grad_norm"])])
         runs[name] = np.array(seen)
+    # One after the other: totals, each device's part of the gradients, sums with losses and metrics.
+    p = program(PrecisionConfig(communication="int8").policy())
+    text = p.step.lower(p.abstract_state, None, p.put(batch(0))).compile().as_text()
+    assert re.findall(rf" ({'|'.join(hlo.KINDS)})(?:-start)?\(", text) == ["all-reduce", "all-to-all", "all-gather"]
     assert runs["int8"][0, 0] == pytest.approx(runs["exact"][0, 0], rel=1e-5)  # totals are those of all devices
     np.testing.assert_allclose(runs["int8"], runs["exact"], rtol=0.02)
     assert not np.array_equal(runs["int8"], runs["exact"])
+
+
+class Counting:
+    """`CausalLM`, which counts tokens in `extra`."""
+
+    totals = staticmethod(CausalLM(MODEL).totals)
+
+    def loss(self, params, batch, ctx, totals):
+        value, aux = CausalLM(MODEL).loss(params, batch, ctx, totals)
+        return value, dataclasses.replace(aux, extra=ctx.extra + totals["tokens"])
+
+
+def test_what_each_device_would_change_by_itself_is_refused():
+    quantizer = PrecisionConfig(communication="int8").policy().communication
+    tx = adamw(1e-2, axes=MODEL.axes())
+    step = make_step(Counting(), tx, gradients=functools.partial(accumulate_in_few_bits, quantizer=quantizer))
+    state = init_state(MODEL.init(jax.random.key(0))["params"], tx, jax.random.key(1), extra=jnp.zeros(()))
+    one_device = jax.jit(step)(state, None, batch(0))[0]
+    assert float(one_device.extra) == pytest.approx(batch(0)["loss_weights"].sum())
+    with use_mesh(make_mesh(MeshConfig(data=8))), pytest.raises(ConfigError, match="the objective changes its extra"):
+        jax.jit(step)(state, None, batch(0))
 
 
 def test_sharded_weights_are_refused():
     policy = dataclasses.replace(PrecisionPolicy(), communication=Quantizer("int8", (1, 128)))
     with pytest.raises(ConfigError, match=r"over mesh.data alone, but the mesh has \{'fsdp': 4\}"):
         _ = program(policy, make_mesh(MeshConfig(data=2, fsdp=4))).recipe
+    state = init_state({}, adamw(1e-2, axes={}), jax.random.key(0))
+    with use_mesh(make_mesh(MeshConfig(data=1, fsdp=8))), pytest.raises(ConfigError, match=r"\{'fsdp': 8\}"):
+        accumulate_in_few_bits(None, None, state, None, batch(0), quantizer=policy.communication)

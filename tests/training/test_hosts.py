@@ -177,9 +177,9 @@ def test_when_one_hangs_the_others_stop_after_the_heartbeats(store, alone, tmp_p
     ("count", "devices", "mesh", "parts"),
     [
         pytest.param(4, 1, {"data": 2, "fsdp": 2}, 4, marks=pytest.mark.slow),
-        pytest.param(2, 2, {"data": 1, "fsdp": 2, "tensor": 2}, 2, marks=pytest.mark.release),
+        pytest.param(2, 2, {"data": 1, "fsdp": 2, "tensor": 2}, 2, marks=pytest.mark.slow),
         # An axis that is not the batch's lies across the processes.
-        pytest.param(2, 1, {"data": 1, "tensor": 2}, 1, marks=pytest.mark.release),
+        pytest.param(2, 1, {"data": 1, "tensor": 2}, 1, marks=pytest.mark.slow),
         pytest.param(4, 1, {"data": 2, "sequence": 2}, 2, marks=pytest.mark.release),
     ],
 )

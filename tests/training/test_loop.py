@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.core.errors import NonFiniteError
+from jaxlm.core.errors import ConfigError, NonFiniteError
 from jaxlm.objectives import Aux
 from jaxlm.training import Interrupted, fit, init_state, make_step
 
@@ -72,6 +72,11 @@ def test_or_is_skipped_and_counted():
     state = run(8, batches(8, bad=2), callbacks=[recorder], non_finite="skip")
     assert [m["skipped"] for _, m in recorder.metrics] == [0, 0, 1, 0, 0, 0, 0, 0]
     assert bool(jnp.isfinite(state.trainable["m"]))
+
+
+def test_another_policy_is_refused_before_the_first_step():
+    with pytest.raises(ConfigError, match="non_finite is 'skp': did you mean 'skip'"):
+        run(8, [], non_finite="skp")
 
 
 def test_many_in_a_row_stop_the_run_all_the_same():

@@ -16,7 +16,7 @@ from jaxlm.core.sharding import MeshConfig, make_mesh
 from jaxlm.models import Decoder
 from jaxlm.objectives import CausalLM, StepContext
 from jaxlm.optim import OptimizerConfig, adamw
-from jaxlm.testing import tiny_config
+from jaxlm.testing import randomize, tiny_config
 from jaxlm.training import (
     Checkpoints,
     Member,
@@ -29,13 +29,30 @@ from jaxlm.training import (
 )
 
 MODEL = Decoder(tiny_config("llama", num_layers=2))
-NEAR = {"bitnet": 0.75, "qat_w4a8": 0.35, "mxfp4": 0.5, "mxfp4_stochastic": 0.6, "nvfp4": 0.5}
-SLOW = pytest.mark.release
-QUICK = {"fp8_delayed", "mxfp4_stochastic"}
-
-
-def every_policy():
-    return [pytest.param(name, marks=() if name in QUICK else SLOW) for name in POLICIES]
+# Relative errors of gradients as measured on this model: a format with a bit less, or a policy that does nothing, has
+# another one.
+ERRORS = {
+    "float32": 0.0,
+    "float16": 0.00017,
+    "bfloat16": 0.0014,
+    "fixed16_weights": 0.0022,
+    "fixed16_weights_stochastic": 0.0022,
+    "bf16_weights": 0.003,
+    "bf16_weights_stochastic": 0.003,
+    "int8_switchback": 0.0045,
+    "int8_vector": 0.0052,
+    "int8_block": 0.0075,
+    "fp8_block": 0.021,
+    "mxfp8": 0.023,
+    "fp8_current": 0.027,
+    "fp8_delayed": 0.027,
+    "mxfp6": 0.03,
+    "qat_w4a8": 0.045,
+    "nvfp4": 0.086,
+    "mxfp4": 0.092,
+    "mxfp4_stochastic": 0.114,
+    "bitnet": 0.23,
+}
 
 
 def batch(seed=0, rows=8):
@@ -69,22 +86,22 @@ def plain():
     return jax.jit(functools.partial(gradient, found))(start(found))
 
 
-@pytest.mark.parametrize("name", every_policy())
-def test_gradients_are_near_float32s_and_steps_lower_the_loss(name, plain):
+@pytest.mark.parametrize("name", POLICIES)
+def test_gradients_are_as_near_float32s_as_the_format_allows_and_steps_lower_the_loss(name, plain):
     found = recipe(name)
-    state = start(found)
-    step = compiled(found)
-    state_after, metrics = step(state, None, batch())
+    state, step = start(found), compiled(found)
+    # In one program, most of which both have in common.
+    both = jax.jit(lambda state: (gradient(found, state)[0], *step(state, None, batch())))
+    flat, state_after, metrics = both(state)
     if found.policy.history:  # Before the first step it has seen nothing.
-        state = dataclasses.replace(state, extra=state_after.extra)
-    flat, _ = jax.jit(functools.partial(gradient, found))(state)
+        flat, _, _ = both(dataclasses.replace(state, extra=state_after.extra))
     error = float(jnp.linalg.norm(flat - plain[0]) / jnp.linalg.norm(plain[0]))
-    assert error < NEAR.get(name, 0.15)
+    assert ERRORS[name] / 1.5 <= error <= ERRORS[name] * 1.5 + 1e-5  # float32 but for rounding
     assert float(metrics["skipped"][0]) == 0
     first = float(metrics["loss"][0] / metrics["loss"][1])
     state = state_after
     for _ in range(8):
-        state, metrics = step(state, None, batch())
+        _, state, metrics = both(state)
     assert float(metrics["loss"][0] / metrics["loss"][1]) < first - 0.2
 
 
@@ -198,7 +215,7 @@ def test_resume_is_exact_under_delayed_scaling(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("name", ["fp8_delayed", pytest.param("mxfp8", marks=SLOW)])
+@pytest.mark.parametrize("name", ["fp8_delayed", "mxfp8"])
 def test_a_mesh_gives_what_one_device_does(name):
     losses, extras = [], []
     for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
@@ -231,7 +248,7 @@ def test_populations_train_under_a_policy(how):
     assert outcomes[0].history["loss"][0] != outcomes[1].history["loss"][0]
 
 
-@pytest.mark.parametrize("name", ["bf16_weights_stochastic", pytest.param("fixed16_weights", marks=SLOW)])
+@pytest.mark.parametrize("name", ["bf16_weights_stochastic", "fixed16_weights"])
 def test_weights_stay_in_their_format(name):
     found = recipe(name)
     state, _ = compiled(found)(start(found), None, batch())
@@ -245,12 +262,12 @@ def test_weights_stay_in_their_format(name):
 
 def test_the_model_is_evaluated_as_it_is_trained():
     found = recipe("qat_w4a8")
-    params = MODEL.init(jax.random.key(0))["params"]
-    rounded = jax.tree.map(lambda x: x, params)
-    own = found.objective.sums(params, batch())["nll"]
-    assert float(own) != float(CausalLM(MODEL).sums(rounded, batch())["nll"])
+    params = randomize(MODEL.init(jax.random.key(0))["params"], 0)
+    own = float(found.objective.sums(params, batch())["nll"])
+    assert own != pytest.approx(float(CausalLM(MODEL).sums(params, batch())["nll"]), rel=1e-4)
     logits = MODEL.apply({"params": found.objective.evaluated(params)}, jnp.asarray(batch()["inputs"]))
-    assert bool(jnp.isfinite(logits).all())
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch()["targets"])
+    assert own == pytest.approx(float(jnp.sum(nll)), rel=1e-5)
 
 
 def test_bad_settings_are_refused():

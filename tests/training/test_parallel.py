@@ -115,7 +115,7 @@ def test_a_mesh_gives_losses_and_gradients_of_one_device(name, mesh):
     check(name, mesh)
 
 
-@pytest.mark.release
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mesh"), [case for case in EVERY if case not in QUICK])
 def test_every_family_on_every_mesh(name, mesh):
     check(name, mesh)

@@ -124,17 +124,33 @@ def test_what_cannot_be_trained_is_refused():
         dataclasses.replace(POPULATION, how="pmap")
 
 
-@pytest.mark.parametrize(("how", "devices"), [("map", 1), ("loop", 8), ("map", 2)])
-def test_one_program_gives_the_same_bits_and_many_devices_the_same_members(looped, how, devices):
-    population = dataclasses.replace(POPULATION, how=how, devices=tuple(jax.devices()[:devices]))
-    for one, other in zip(looped, population.train(MEMBERS, keep_params=True)):
-        if devices == 1:
-            chex.assert_trees_all_equal(one.params, other.params)
-            assert one.results == other.results
-            np.testing.assert_array_equal(one.history["loss"], other.history["loss"])
-        chex.assert_trees_all_close(one.params, other.params, atol=1e-5)
+def on_devices(how, count):
+    population = dataclasses.replace(POPULATION, how=how, devices=tuple(jax.devices()[:count]))
+    return population.train(MEMBERS, keep_params=True)
+
+
+@pytest.fixture(scope="module")
+def divided():
+    return on_devices("loop", 8)
+
+
+@pytest.mark.parametrize(("how", "devices"), [("map", 1), ("loop", 2), ("map", 2), ("loop", 3)])
+def test_members_have_the_same_bits_however_they_are_divided(looped, divided, how, devices):
+    for one, other in zip(looped if devices == 1 else divided, on_devices(how, devices)):
+        chex.assert_trees_all_equal(one.params, other.params)
+        assert one.results == other.results
+        np.testing.assert_array_equal(one.history["loss"], other.history["loss"])
         # A sum that is only reported may be fused otherwise in another program.
         chex.assert_trees_all_close(one.history, other.history, rtol=1e-5)
+
+
+def test_many_devices_train_the_members_of_one(looped, divided):
+    """Not to the bit: a program for several devices goes through other passes of XLA, which fuse other operations; a
+    gradient's last bit differs, and Adam's first steps divide small gradients by their size."""
+    for one, other in zip(looped, divided):
+        chex.assert_trees_all_close(one.params, other.params, atol=1e-5)
+        chex.assert_trees_all_close(one.history, other.history, rtol=1e-5)
+        assert one.results == pytest.approx(other.results, rel=1e-5)
 
 
 def test_weight_decay_is_a_number_of_each_member():

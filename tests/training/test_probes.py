@@ -32,6 +32,22 @@ def test_variance_is_that_of_gradients_taken_one_by_one():
         np.testing.assert_allclose(values, expected, rtol=1e-3, err_msg=path)
 
 
+class Pull:
+    """`sum(batch * params)`: the gradient is the batch."""
+
+    def totals(self, params, batch, ctx):
+        return {}
+
+    def loss(self, params, batch, ctx, totals):
+        return jnp.sum(batch["pull"] * params["w"]), Aux()
+
+
+def test_small_variances_of_large_gradients_are_not_rounded_away():
+    pull = 1e4 + np.random.default_rng(0).normal(size=(8, 3, 5))
+    found = gradient_variance(Pull(), {"w": jnp.ones((3, 5))}, {"pull": jnp.asarray(pull, jnp.float32)})
+    np.testing.assert_allclose(found["w"], pull.astype(np.float32).var(axis=0, ddof=1).sum(), rtol=1e-2)
+
+
 def test_one_batch_has_no_variance():
     model, params = tiny_decoder("llama")
     with pytest.raises(ConfigError, match="1 batches"):

@@ -1,6 +1,7 @@
 """Sweeps on a quadratic, whose runs are known in closed form: `w` goes to 1 by `lr * (1 - w)` a step from the seed."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,17 @@ def test_a_grid_is_trained_with_paired_seeds_and_equal_tokens():
     assert figure.x_scale == "log"
 
 
+def test_a_point_that_diverged_is_infinitely_worse():
+    wild, good = {"rate": 1e3}, {"rate": 0.5}
+    found = sweep(seeds=(0, 1)).run([wild, good])
+    assert found.mean(wild) == math.inf
+    assert found.best().point == good
+    assert found.difference(wild, good)[0] == math.inf
+    assert found.difference(good, wild)[0] == -math.inf
+    assert math.isnan(found.difference(wild, wild)[0])
+    assert sweep_table(found).rows[0][0] == 0.5
+
+
 def test_points_that_share_a_program_are_one_population():
     made = []
 
@@ -127,6 +139,35 @@ def test_a_killed_population_goes_on_from_its_states(how, devices, tmp_path):
     (tmp_path / "m1.state.npz").write_bytes(b"PK\3\4")
     with pytest.raises(DataError, match="m1.state.npz cannot be read"):
         made.train(members[1:2], check_every=1, folder=tmp_path)
+
+
+@pytest.mark.parametrize(("how", "devices"), [("loop", 2), ("map", 1)])
+def test_members_of_a_killed_group_go_on_without_those_that_are_done(how, devices, tmp_path):
+    members = [Member(f"m{i}", i, {"rate": 0.1 * (i + 1)}) for i in range(3)]
+    made = population(how=how, devices=tuple(jax.devices()[:devices]))
+    asked = []
+
+    def stop(member, history):
+        asked.append((member.name, len(history["loss"])))
+        if asked[-1] == ("m1", 3):
+            raise KeyboardInterrupt
+        return member.name == "m0" and len(history["loss"]) == 1
+
+    with pytest.raises(KeyboardInterrupt):
+        made.train(members, check_every=1, stop=stop, folder=tmp_path)
+    # Of a member that is done there is no state, from which it might go on by mistake.
+    assert (tmp_path / "m0.json").exists()
+    assert not (tmp_path / "m0.state.npz").exists()
+    asked.clear()
+    resumed = made.train(
+        members, check_every=1, stop=lambda m, h: asked.append((m.name, len(h["loss"]))), folder=tmp_path
+    )
+    assert min(n for name, n in asked if name == "m1") == 3
+    assert [outcome.steps for outcome in resumed] == [1, STEPS, STEPS]
+    for one, other in zip(resumed[1:], population(how=how).train(members)[1:]):
+        np.testing.assert_array_equal(one.history["loss"], other.history["loss"])
+        assert one.results == other.results
+    assert not list(tmp_path.glob("*.state.npz"))
 
 
 def test_coordinate_search_ends_at_a_local_optimum_and_shows_it():

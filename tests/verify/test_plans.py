@@ -29,6 +29,7 @@ def test_order_and_numbers_do_not_matter():
         PLAN.replace("summarize", "translate"),
         PLAN.replace("4. send($1, $3)", "4. send($1, $3)\n6. show($3)"),
         "no plan at all",
+        PLAN.replace("$3)", f"${'9' * 5000})"),
         "",
     ],
 )
@@ -61,6 +62,8 @@ def test_a_shared_result_is_not_two_results():
         ("1. f($2)\n2. g(a)", r"line 1 of the plan takes \$2, the result of no call before it"),
         ("1. f('a)", "line 1 of the plan has arguments that cannot be read"),
         ("1. join()", "has no call"),
+        ("9" * 5000 + ". f(a)", "line 1 of the plan is no numbered call"),
+        (f"1. f(a)\n2. g(${'9' * 5000})", r"line 2 of the plan takes \$9{80}, the result"),
     ],
 )
 def test_what_is_no_plan_is_named(text, message):

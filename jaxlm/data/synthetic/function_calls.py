@@ -1,13 +1,14 @@
 """Requests in words, and the plans of function calls that fulfill them: a toy of single-turn function calling.
 
-    show me a summary of the notes in French
+    show me a summary in French of the notes
     1. read_file(notes)
     2. summarize($1)
     3. translate($2, French)
     4. show($3)
 
-A request is drawn from a small grammar, so its plan is known, and how deep texts are nested says how hard it is. Texts
-are cut into words; `VOCABULARY` has them all.
+A request is drawn from a small grammar, so its plan is known, and how deep texts are nested says how hard it is. A
+language belongs to the noun before it, so a request has one plan: `a summary of the notes in French` is one of a
+translation. Texts are cut into words; `VOCABULARY` has them all.
 """
 
 import random
@@ -107,21 +108,22 @@ def _draw(rng: random.Random, depth: int) -> Example:
         calls.append(text)
         return f"${len(calls)}"
 
-    def text(depth: int) -> tuple[str, str]:
-        """Words for a text, and the result that it is."""
+    def text(depth: int) -> tuple[str, str, str]:
+        """Words for a text (its noun with languages, and what it is of), and the result that it is."""
         if depth == 0:
             file = rng.choice(FILES)
-            return f"the {file}", call(f"read_file({file})")
-        inner, result = text(depth - 1)
+            return f"the {file}", "", call(f"read_file({file})")
+        noun, rest, result = text(depth - 1)
         if rng.random() < 0.5:
-            return f"a summary of {inner}", call(f"summarize({result})")
+            return "a summary", f" of {noun}{rest}", call(f"summarize({result})")
         language = rng.choice(LANGUAGES)
-        return f"{inner} in {language}", call(f"translate({result}, {language})")
+        return f"{noun} in {language}", rest, call(f"translate({result}, {language})")
 
     kind = rng.choice(("show", "send", "send both", "remind"))
     names = rng.sample(NAMES, 2)
     contacts = [call(f"find_contact({name})") for name in names[: {"show": 0, "send both": 2}.get(kind, 1)]]
-    words, result = text(rng.randint(0, depth))
+    noun, rest, result = text(rng.randint(0, depth))
+    words = noun + rest
     if kind == "show":
         call(f"show({result})")
         request = f"show me {words}"

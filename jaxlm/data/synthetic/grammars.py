@@ -68,7 +68,10 @@ def parse_grammar(text: str) -> Grammar:
                 raise DataError(f"grammar line {number}: '{line.strip()}', expected such as A -> B C [0.3] | 'w' [0.7]")
             word, left, right, probability = found.groups()
             body = (f"'{word}'",) if word else (left, right) if right else (left,)
-            rules.append((head.strip(), body, float(probability), number))
+            try:
+                rules.append((head.strip(), body, float(probability), number))
+            except ValueError:
+                raise DataError(f"grammar line {number}: the probability '{probability}' is no number") from None
     if not rules:
         raise DataError("the grammar has no rules")
     root = rules[0][0]

@@ -21,6 +21,16 @@ def test_requests_have_the_plans_that_fulfill_them():
         assert plans_equal(calls.decode(calls.encode(example.plan)), example.plan)
 
 
+def test_a_request_has_one_plan():
+    """Also of examples that were drawn apart, as those to train on and to be judged by are."""
+    plans = {}
+    for seed in range(20):
+        for example in calls.draw_examples(300, 2, seed):
+            assert plans.setdefault(example.request, example.plan) == example.plan, example.request
+    assert any(" summary in " in request for request in plans)
+    assert any(" summary of the " in request and " in " in request for request in plans)
+
+
 def test_examples_differ_and_are_apart_from_those_excluded():
     first = calls.draw_examples(100, 1, seed=1)
     more = calls.draw_examples(100, 1, seed=2, exclude=first)

@@ -153,6 +153,7 @@ def test_rules_are_read_and_added_up():
         ("S 'a' [1]", "line 1"),
         ("S -> A A [1]", "line 1: 'A' has no rules"),
         ("S -> A A [1]\nA -> B [1]\nB -> 'b' [1]", "line 2: 'A -> B' is not in Chomsky normal form"),
+        ("S -> 'a' [0.5] | 'b' [0.2.5]", "line 1: the probability '0.2.5' is no number"),
         ("", "no rules"),
     ],
 )
