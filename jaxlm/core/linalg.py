@@ -1,15 +1,21 @@
 """Linear algebra on stacks of matrices `(..., rows, columns)`: each matrix by itself, in float32.
 
 All functions map over the leading axes, so they work on layer-stacked and expert-stacked kernels alike.
+
+On CPUs decompositions take the matrices of a stack one after the other. A call for several at once holds a thread of
+the runtime's pool while it waits for others of the same pool to do the parts: on two cores two such calls at a time
+wait for good (jaxlib 0.10.2, seen in training).
 """
 
-from collections.abc import Sequence
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlm.core import sharding
 from jaxlm.core.errors import ConfigError
 
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
@@ -49,7 +55,7 @@ def leading_singular_vectors(
     approximation of that rank (Eckart and Young); so does `right` for the rows. Signs, which a decomposition leaves
     open, are such that the largest entry of every vector is positive: on any platform and layout the same.
     """
-    left, _, right = jnp.linalg.svd(x.astype(jnp.float32), full_matrices=False)
+    left, _, right = _svd(x.astype(jnp.float32))
 
     def signed(vectors: Array) -> Array:
         vectors = vectors[..., :rank]
@@ -71,9 +77,9 @@ def balanced_factors(
     The product itself is never formed: QR of the two thin factors and the decomposition of a `rank x rank` core.
     Computes in float32 and returns the dtypes of `a` and `b`.
     """
-    qa, ra = jnp.linalg.qr(a.astype(jnp.float32))
-    qb, rb = jnp.linalg.qr(b.astype(jnp.float32).mT)
-    u, s, vt = jnp.linalg.svd(ra @ rb.mT, full_matrices=False)
+    qa, ra = _each(jnp.linalg.qr, a.astype(jnp.float32))
+    qb, rb = _each(jnp.linalg.qr, b.astype(jnp.float32).mT)
+    u, s, vt = _svd(ra @ rb.mT)
     root = jnp.sqrt(s)
     new_a = (qa @ u) * jnp.expand_dims(root, -2)
     new_b = jnp.expand_dims(root, -1) * (vt @ qb.mT)
@@ -82,7 +88,7 @@ def balanced_factors(
 
 def random_orthonormal(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "*batch rows rank"]:
     """Matrices of `shape` `(..., rows, rank)`, rank <= rows, with uniformly random orthonormal columns. Float32."""
-    q, r = jnp.linalg.qr(jax.random.normal(key, shape, jnp.float32))
+    q, r = _each(jnp.linalg.qr, jax.random.normal(key, shape, jnp.float32))
     # The sign of R's diagonal makes Q uniform (Mezzadri, 2007).
     return q * jnp.sign(jnp.expand_dims(jnp.diagonal(r, axis1=-2, axis2=-1), -2))
 
@@ -103,7 +109,7 @@ def truncate_rank(
     smaller = min(x.shape[-2:])
     if isinstance(rank, int) and not 1 <= rank <= smaller:
         raise ConfigError(f"rank is {rank}, expected 1 to {smaller} for matrices {x.shape[-2]} x {x.shape[-1]}")
-    left, s, right = jnp.linalg.svd(x.astype(jnp.float32), full_matrices=False)
+    left, s, right = _svd(x.astype(jnp.float32))
     kept = jnp.where(jnp.arange(smaller) < rank, s, 0.0)
     if match == "frobenius":
         norm = jnp.linalg.norm(s, axis=-1, keepdims=True)
@@ -120,7 +126,7 @@ def effective_ranks(
     `exp` of the entropy of `s / sum s` (Roy and Vetterli, 2007). `large`: how many exceed `share` times the largest.
     All are 0 for a matrix of zeros.
     """
-    s = jnp.linalg.svd(x.astype(jnp.float32), compute_uv=False)
+    s = _each(lambda one: jnp.linalg.svd(one, compute_uv=False), x.astype(jnp.float32))
     top, total = s[..., :1], jnp.sum(s, axis=-1)
     p = s / jnp.maximum(total, 1e-30)[..., None]
     entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30)), 0.0), axis=-1)
@@ -130,3 +136,27 @@ def effective_ranks(
         "entropy": jnp.where(total > 0, jnp.exp(entropy), 0.0),
         "large": jnp.sum(s > share * top, axis=-1).astype(jnp.float32),
     }
+
+
+def solve_positive(matrix: Float[Array, "*batch n n"], vector: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    """The solution of each symmetric positive definite system, by Cholesky's decomposition."""
+
+    def one(matrix: Array, vector: Array) -> Array:
+        return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix), vector[..., None])[..., 0]
+
+    return _each(one, matrix, vector)
+
+
+def _svd(x: Float[Array, "*batch rows columns"]) -> tuple[Array, Array, Array]:
+    return _each(lambda one: tuple(jnp.linalg.svd(one, full_matrices=False)), x)
+
+
+def _each(function: Callable[..., Any], x: Float[Array, "*batch rows columns"], *beside: Array) -> Any:
+    """`function` of matrices (and of what lies beside each): at once, on CPUs one after the other."""
+    batch = x.shape[:-2]
+    if not batch or sharding.platform() != "cpu":
+        return function(x, *beside)
+    count = math.prod(batch)
+    stacks = [a.reshape(count, *a.shape[len(batch) :]) for a in (x, *beside)]
+    found = jax.lax.map(lambda one: function(*one), stacks)
+    return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), found)

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxlm.core.errors import ConfigError, nearest
+from jaxlm.core.linalg import solve_positive
 from jaxlm.optim import wiring
 
 DampingMode = Literal["absolute", "relative"]
@@ -104,9 +105,8 @@ def natural_gradient(
     if mode == "relative":
         lam = lam * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / jnp.sum(valid)
     lam = jnp.maximum(lam, jnp.finfo(jnp.float32).tiny)
-    unit = jnp.broadcast_to(jax.nn.one_hot(place, size, dtype=jnp.float32)[:, None], (*gram.shape[:-1], 1))
-    factor = jax.scipy.linalg.cho_factor(gram + lam * jnp.eye(size, dtype=jnp.float32).reshape(*ones, size, size))
-    weights = jax.scipy.linalg.cho_solve(factor, unit)[..., 0]
+    unit = jnp.broadcast_to(jax.nn.one_hot(place, size, dtype=jnp.float32), gram.shape[:-1])
+    weights = solve_positive(gram + lam * jnp.eye(size, dtype=jnp.float32).reshape(*ones, size, size), unit)
     return jnp.einsum("...s,...sab->...ab", weights, past, precision=jax.lax.Precision.HIGHEST)
 
 

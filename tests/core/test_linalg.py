@@ -1,5 +1,7 @@
 """Stacks of matrices against NumPy's decompositions."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from jaxlm.core.linalg import (
     leading_singular_vectors,
     orthogonalize,
     random_orthonormal,
+    solve_positive,
     truncate_rank,
 )
 
@@ -100,3 +103,30 @@ def test_ranks_that_cannot_be_are_refused():
             truncate_rank(jnp.ones((4, 7)), rank)
     with pytest.raises(ConfigError, match="match is 'nuclear'"):
         truncate_rank(jnp.ones((4, 7)), 1, "nuclear")
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_positive_systems_are_solved(batch):
+    x, vector = normal((*batch, 5, 9)), normal((*batch, 5))
+    matrix = x @ np.swapaxes(x, -1, -2)
+    expected = np.linalg.solve(matrix.astype(np.float64), vector[..., None])[..., 0]
+    np.testing.assert_allclose(solve_positive(matrix, vector), expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: leading_singular_vectors(x, 2, "both"),
+        lambda x: balanced_factors(x, x.mT),
+        lambda x: truncate_rank(x, 2),
+        effective_ranks,
+        lambda x: random_orthonormal(jax.random.key(0), x.shape),
+        lambda x: solve_positive(x @ x.mT, x[..., 0]),
+    ],
+)
+def test_cpus_decompose_one_matrix_at_a_time(function):
+    # Two calls for several matrices each can take all threads of two cores, and wait for more of them for good.
+    text = jax.jit(function).lower(jnp.asarray(normal((2, 3, 7, 4)))).as_text()
+    calls = [line for line in text.splitlines() if "@lapack_" in line]
+    assert calls
+    assert not [line for line in calls if re.search(r"tensor<\d+x\d+x\d+x", line)]
