@@ -1,6 +1,6 @@
 """Sets up the process of `python -m experiments.<name>` before JAX is imported.
 
-Two settings have to be there before JAX starts, and are worth it:
+These settings have to be there before JAX starts, and are worth it:
 
 - *Huge pages for malloc*, on Linux with glibc when training on the CPU: `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` makes a
   training step there 10 % faster and more. glibc reads it when a process starts, so the process replaces itself once
@@ -56,7 +56,7 @@ def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
 
     Call it before JAX is imported. The restart happens at most once, and repeats the command line exactly.
     """
-    environ.update(cache_settings(environ))
+    environ.update(cache_settings(environ) | thread_settings(environ))
     tunables = huge_page_tunables(environ)
     if tunables is not None:
         environ["GLIBC_TUNABLES"] = tunables
@@ -79,6 +79,16 @@ def cache_settings(environ: Mapping[str, str]) -> dict[str, str]:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environ:
         settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return settings
+
+
+def thread_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """The size of the pool of threads where several CPU devices share it; none for one device, or if it is set."""
+    flag = re.search(r"--xla_force_host_platform_device_count=(\d+)", environ.get("XLA_FLAGS", ""))
+    given = environ.get("JAX_NUM_CPU_DEVICES") or (flag[1] if flag else "")
+    devices = int(given) if given.isdigit() else 1
+    if devices < 2 or "PJRT_NPROC" in environ or not runs_on_cpu(environ):
+        return {}
+    return {"PJRT_NPROC": str(max(4 * devices, os.cpu_count() or 1))}
 
 
 def huge_page_tunables(environ: Mapping[str, str]) -> str | None:

@@ -9,6 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Eight devices share one pool of threads, by default of eight: where some wait in two collectives at once, none are
+# left for the rest, and all wait for good.
+os.environ.setdefault("PJRT_NPROC", "32")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

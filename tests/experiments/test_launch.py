@@ -75,6 +75,17 @@ def test_the_compilation_cache_is_set_unless_the_user_did():
     assert list(kept) == ["JAX_COMPILATION_CACHE_DIR"]
 
 
+def test_several_cpu_devices_get_four_threads_each(monkeypatch):
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 2)
+    on_cpu = {"JAX_PLATFORMS": "cpu"}
+    assert launch.thread_settings({**on_cpu, "JAX_NUM_CPU_DEVICES": "8"}) == {"PJRT_NPROC": "32"}
+    forced = "--xla_dump_to=x --xla_force_host_platform_device_count=4"
+    assert launch.thread_settings({**on_cpu, "XLA_FLAGS": forced}) == {"PJRT_NPROC": "16"}
+    assert launch.thread_settings({**on_cpu, "JAX_NUM_CPU_DEVICES": "1"}) == launch.thread_settings(on_cpu) == {}
+    assert launch.thread_settings({**on_cpu, "JAX_NUM_CPU_DEVICES": "8", "PJRT_NPROC": "9"}) == {}
+    assert launch.thread_settings({"JAX_PLATFORMS": "cuda", "JAX_NUM_CPU_DEVICES": "8"}) == {}
+
+
 def test_the_names_of_the_variables_are_those_jax_reads():
     import jax
 
