@@ -85,7 +85,7 @@ def execute(experiment: ModuleType, argv: Sequence[str]) -> int:
             experiment=module.removeprefix("experiments."),
             preset=preset,
             command=command,
-            seconds=time.monotonic() - started,
+            seconds=time.monotonic() - started if is_new else None,  # of a resumed run only the rest is timed
             config=to_dict(config),
         )
         _finish(report, out)
