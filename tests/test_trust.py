@@ -82,7 +82,7 @@ def test_modules_that_are_named_at_run_time_are_named_by_the_command_line_alone(
             if isinstance(node, ast.Call) and dotted(node.func).endswith("import_module"):
                 argument = node.args[0]
                 fixed = isinstance(argument, ast.JoinedStr) and "experiments" in path.parts
-                assert fixed or path.name in ("harness.py", "__init__.py", "_guest.py"), f"{path}:{node.lineno}"
+                assert fixed or path.name in ("_worker.py", "__init__.py", "_guest.py"), f"{path}:{node.lineno}"
 
 
 def test_an_array_of_objects_is_refused(tmp_path):
