@@ -138,7 +138,7 @@ def report(
     ]
     by_width = {w: [m for m in _matched(config, measures) if m.width == w] for w in config.widths}
     points = [
-        Series(f"width {w}", [m.trace for m in found], [_downstream(m) for m in found], style="points")
+        Series(f"width {w}", [m.trace for m in found], [_downstream(m) for m in found], style="scatter")
         for w, found in by_width.items()
         if found
     ]

@@ -17,7 +17,7 @@ gradient norm, before clipping, and the loss are means over the first tenth of t
 So small a task is far from saturated after one pass: what a larger batch has to say for itself may not show here. The
 two recipes of the paper, TULU and LAB, are presets of `experiments.finetune`.
 
-Expect of `small` (two x86 cores, jax 0.10.2, 2026-11; 18 minutes beside other jobs): exact match 0.139, 0.048 and 0.038
+Expect of `small` (two x86 cores, jax 0.10.2, 2026-11; 15 minutes beside other jobs): exact match 0.139, 0.048 and 0.038
 with batches of 8, 64 and 256, each at its best rate; 0.065 stacked and 0.035 phased. One claim of seven holds: higher
 loss early on goes with worse models (rank correlation -0.87), the gradient norm tells little (-0.21).
 """

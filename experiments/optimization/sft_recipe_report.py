@@ -37,7 +37,7 @@ def figures(config: "Config", results: Results, early: Sequence[EarlyRun]) -> tu
     points = {
         signal: tuple(
             Series(f"batch {size}", [getattr(r, signal) for r in early if r.group == size],
-                   [r.final for r in early if r.group == size], "points")
+                   [r.final for r in early if r.group == size], "scatter")
             for size in config.batch_sizes
             if any(r.group == size for r in early)
         )

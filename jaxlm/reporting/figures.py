@@ -190,8 +190,10 @@ def _plot_lines(axes, figure: Figure) -> bool:
     color = 0
     for i, line in enumerate(figure.series):
         look = {"label": line.name, "color": COLORS[color % len(COLORS)], "linewidth": 1.6}
-        if line.style == "points":
+        if line.style in ("points", "scatter"):
             look |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linewidth": 1}
+        if line.style == "scatter":
+            look |= {"linestyle": "none"}
         if line.style == "faint":
             look |= {"alpha": 0.3, "linewidth": 0.8}
         else:

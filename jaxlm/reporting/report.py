@@ -11,9 +11,9 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.core.json_files import number, read_json, write_json
 
 Cell = str | int | float | bool | None
-Style = Literal["line", "faint", "points", "bars"]
+Style = Literal["line", "faint", "points", "scatter", "bars"]
 
-STYLES = ("line", "faint", "points", "bars")
+STYLES = ("line", "faint", "points", "scatter", "bars")
 SCALES = ("linear", "log")
 
 
@@ -54,7 +54,10 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Points of one name in a figure. `x` are numbers, or names for bars; arrays are accepted."""
+    """Points of one name in a figure. `x` are numbers, or names for bars; arrays are accepted.
+
+    `points` are marked and joined by a line, `scatter` marked alone.
+    """
 
     name: str
     x: tuple[float | str, ...]

@@ -90,6 +90,15 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
             assert value.startswith(("data:", "#")), value
 
 
+def test_scattered_points_are_marked_and_not_joined():
+    def svg(style: str) -> str:
+        return figures.svg(Figure("f", (Series("s", (1, 2, 3), (1.0, 3.0, 2.0), style),)), 7, 3)
+
+    joined, scattered = svg("points"), svg("scatter")
+    assert joined.count("<use") == scattered.count("<use")
+    assert joined.count("<path") > scattered.count("<path")
+
+
 def test_ids_on_a_page_are_unique_and_every_reference_has_its_target():
     line = Figure("same", (Series("s", (1, 2), (1.0, 2.0), "points"), Series("t", (1, 2), (2.0, 1.0))))
     reader = Reader(page_module.page(Report("t", figures=(line, line))))
