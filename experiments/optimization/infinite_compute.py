@@ -18,6 +18,11 @@ Students have the standard recipe's weight decay and learning rate, as in the pa
 The paper's own runs (150M to 1.4B parameters on 200M tokens of DCLM: `infinite-150m` to `infinite-1.4b` among the
 presets of `jaxlm.models`) are not a preset: members here hold the corpus as a constant of their program, on a device
 each.
+
+Expect of `small` (two x86 cores, jax 0.10.2, 2026-11; 10 minutes): the four sizes end at 2.20, 2.12, 2.14 and 2.05 with
+the usual decay, at 2.20, 2.08, 2.08 and 2.08 with decay tuned (0.1 to 6.4, growing with the size); ensembles of the
+third tend to 1.91, single models to 2.08, and 1.8 times the text would be needed without. Six of twelve claims hold.
+Students do not reach their teachers here.
 """
 
 import dataclasses
