@@ -191,12 +191,13 @@ def compare_arms(config: StudyConfig, arms: Mapping[str, Arm], text: Text | None
 
 
 def _run_arm(config: StudyConfig, name: str, arm: Arm, text: Text | None, out: Path) -> ArmResult:
-    from experiments.published import MeshRuns
     from jaxlm.evals import resident_loss
     from jaxlm.models import Decoder
     from jaxlm.objectives import CausalLM
 
     if text is None:
+        from experiments.published import MeshRuns
+
         return tune_and_judge(config, name, MeshRuns(config, arm), arm.rates, out / "runs")
     objective = CausalLM(Decoder(config.model))
     tuning_loss, judge_loss = (resident_loss(objective, rows, config.batch_size) for rows in (text.tuning, text.judge))

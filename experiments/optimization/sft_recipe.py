@@ -18,8 +18,9 @@ So small a task is far from saturated after one pass: what a larger batch has to
 two recipes of the paper, TULU and LAB, are presets of `experiments.finetune`.
 
 Expect of `small` (two x86 cores, jax 0.10.2, 2026-11; 15 minutes beside other jobs): exact match 0.139, 0.048 and 0.038
-with batches of 8, 64 and 256, each at its best rate; 0.065 stacked and 0.035 phased. One claim of seven holds: higher
-loss early on goes with worse models (rank correlation -0.87), the gradient norm tells little (-0.21).
+with batches of 8, 64 and 256, each at its best rate; 0.065 stacked and 0.035 phased. Higher loss early on
+goes with worse models (rank correlation -0.87), the gradient norm tells little (-0.21). One claim of seven holds: that
+on learning rates.
 """
 
 import dataclasses
