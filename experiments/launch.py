@@ -8,6 +8,9 @@ These settings have to be there before JAX starts, and are worth it:
 - *The persistent compilation cache*, `JAX_COMPILATION_CACHE_DIR`, under `~/.cache/jaxlm` with no minimum compile time,
   so that a restarted run compiles nothing again. A value of your own is left alone; `JAXLM_COMPILATION_CACHE=0` leaves
   it out. The folder may be deleted at any time.
+- *Threads for several CPU devices* (`JAX_NUM_CPU_DEVICES`): `PJRT_NPROC`, four a device. They share one pool, by
+  default of one a device: where some wait in two collectives at once, none are left for the rest, and all wait for
+  good.
 
 A program that imports `jaxlm` as a library decides for itself: call `prepare_environment()` before importing
 JAX, or set the variables in the shell.

@@ -38,7 +38,8 @@ class Config:
     topology: str = ""
     """`v5e:16x16`, `v5p:2x4x4`, `v6e:4x4`, `h200`, `h200:8`; by default the preset's own."""
     experiment: str = "pretrain"
-    """A module of `experiments` with `PRESETS`, `TOPOLOGIES` and `make_program`: `optimization.scale`."""
+    """A module of `experiments` with `PRESETS`, `TOPOLOGIES` and `make_program` (a `Program`, or that and its step's
+    frozen argument): `optimization.scale`."""
     step: Literal["train", "rl", "lora", "qlora", "decode"] = "train"
     """The pretraining step; a GRPO step beside a frozen reference; one of adapters over a base in bfloat16, or packed
     in 4 bits; or the generation of one token for each row of the batch."""

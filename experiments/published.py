@@ -3,7 +3,7 @@
 What `experiments.bases` trains as populations on one device, a preset with a `mesh` trains so: `MeshRuns` stands in for
 a `Population`. Runs stop and resume as those of `experiments.pretrain` do, and `python -m experiments.plan --experiment
 optimization.scale --preset llama_7b` compiles their step for the machine that `TOPOLOGIES` names. The text is the
-user's: `--data.path 'c4/*.json.gz'`.
+user's: `--data.path 'c4/*.jsonl.gz'`.
 """
 
 import contextlib

@@ -12,10 +12,10 @@ with the mask fixed (`static`), with masks that follow the weights and straight-
 al. 2021), and with CAST. These are tuned over the same learning rates with one seed and judged with others on other
 text. CAST without one of its parts runs at CAST's own rate. Every loss is that of the pruned model.
 
-Expect of `small` (two x86 cores, jax 0.10.2, 2026-11; 17 minutes beside other jobs): over the dense model's loss of 3.036, pruning
-at once adds 0.280, CAST 0.012, SR-STE 0.020 and a fixed mask 0.002, so that at this size, with a base far from done,
-the plainest way is best. CAST's masked weights fall to 0.7 % of what they were. Without the teacher it loses 0.047,
-without new masks 0.021; factors change nothing.
+Expect of `small` (two x86 cores, jax 0.10.2, 2026-11; 17 minutes beside other jobs): over the dense model's loss of
+3.036, pruning at once adds 0.280, CAST 0.012, SR-STE 0.020 and a fixed mask 0.002, so that at this size, with a base
+far from done, the plainest way is best. CAST's masked weights fall to 0.7 % of what they were. Without the teacher it
+loses 0.047, without new masks 0.021; factors change nothing.
 """
 
 import dataclasses

@@ -7,14 +7,15 @@ further.
 
     python -m experiments.optimization.memory_efficient_pretraining                  # small
     python -m experiments.optimization.memory_efficient_pretraining --preset all     # LoRA and ReLoRA too
-    python -m experiments.optimization.memory_efficient_pretraining --preset llama_60m --data.path 'c4/*.json.gz'
+    python -m experiments.optimization.memory_efficient_pretraining --preset llama_60m --data.path 'c4/*.jsonl.gz'
 
 Arms share model, data and steps; each is tuned over three learning rates (and more where the best lies at an edge)
 with one seed and judged with other seeds on other text. Arms with restarts run at the rate of the arm without.
 
-Expect of `small` (two x86 cores, jax 0.10.2, 2026-11; 18 minutes beside other jobs): held-out loss 4.59 in low rank, 3.75 with
-SLTrain, 3.73 with GaLore, 3.66 with Fira. Full rank gets 3.77 and 4.23, a seed each: without clipping its best rate is
-close to where it diverges, and it is not the best here as it is in the paper. Restarts change less than seeds do.
+Expect of `small` (two x86 cores, jax 0.10.2, 2026-11; 18 minutes beside other jobs): held-out loss 4.59 in low rank,
+3.75 with SLTrain, 3.72 with GaLore, 3.66 with Fira. Full rank gets 3.77 and 4.23, a seed each: without clipping its
+best rate is close to where it diverges, and it is not the best here as it is in the paper. Restarts change less than
+seeds do.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ The paper: validation loss 0.01 to 0.1 below GaLore's in pretraining, near full 
 calls more right plans than LoRA.
 
     python -m experiments.optimization.natural_galore                 # small
-    python -m experiments.optimization.natural_galore --preset llama_60m --data.path 'c4/*.json.gz'     # on TPU v5e-8
+    python -m experiments.optimization.natural_galore --preset llama_60m --data.path 'c4/*.jsonl.gz'     # on TPU v5e-8
 
 Three parts. A quadratic with ill-conditioned Hessian, with and without noise, shows what the damping decides. A small
 language model is pretrained with Adam, GaLore, Natural GaLore (the paper's absolute damping, and damping relative to

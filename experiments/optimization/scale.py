@@ -6,7 +6,7 @@ head, whose gradient varies most from batch to batch, has momentum. Optimizer st
 
     python -m experiments.optimization.scale                        # small: 7 minutes on two CPU cores
     python -m experiments.optimization.scale --preset ablation      # all normalizations and uses of momentum
-    python -m experiments.optimization.scale --preset llama_1b --data.path 'c4/*.json.gz'       # on TPU v5e-16
+    python -m experiments.optimization.scale --preset llama_1b --data.path 'c4/*.jsonl.gz'       # on TPU v5e-16
 
 Arms share model, data and steps. Each is tuned over four learning rates of its own (and more where the best lies at an
 edge) with one seed, and judged with other seeds on other text.

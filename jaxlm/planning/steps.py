@@ -57,12 +57,12 @@ def abstract_batch(mesh: Mesh, *shape: int, more: Mapping[str, tuple[str, int]] 
 
 
 def train_step(program: Program, batch: Mapping[str, Any], frozen: Any = None) -> LoweredStep:
-    """A pretraining step of a program with a `Decoder`."""
+    """A pretraining step of a program with a `Decoder`; `frozen`: what it does not train, as shapes on the mesh."""
     config = program.model.config
     tokens, length = _tokens(batch)
     return LoweredStep(
         program.step.lower(program.abstract_state, frozen, batch),
-        _state_arguments(program.abstract_state, batch),
+        _state_arguments(program.abstract_state, batch) | ({} if frozen is None else {"frozen": frozen}),
         tokens * train_flops_per_token(config, length),
         tokens * executed_flops_per_token(config, length),
     )
